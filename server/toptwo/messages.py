@@ -1,0 +1,169 @@
+"""The plain data that crosses the waists of the server.
+
+Waist 1 (API process <-> engine process): `ClientMessage` one way, `EngineMessage` the other.
+Waist 2 (engine <-> runtime, and later rank 0 <-> ranks): `StepPlan` one way, `StepResult` back.
+
+Everything here is msgspec structs of ints, floats, strings and lists, so that any of it can travel
+as MessagePack bytes. This module imports no sibling, no torch and no fastapi.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How the next token of one request is chosen.
+
+    The order of application is: penalties, temperature, top_k, top_p, min_p, draw.
+
+    temperature: 0 is greedy; otherwise logits are divided by it.
+    top_k: keep the k most likely tokens; 0 keeps all.
+    top_p: keep the smallest set of most likely tokens whose probability reaches top_p; 1 keeps all.
+    min_p: drop tokens less likely than min_p times the most likely one; 0 keeps all.
+    presence_penalty, frequency_penalty: subtracted once, or once per occurrence, from the logits of
+        tokens that were already *generated* (OpenAI's semantics; the prompt does not count).
+    repetition_penalty: CTRL's divisive penalty (arXiv 1909.05858) on tokens of prompt and output; 1 is off.
+    seed: draws use the counter-based stream (seed, position), so they depend on nothing else.
+    """
+
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+# --- Waist 1: API process -> engine process -------------------------------------------------------
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
+    """One sequence to generate. It is answered by `TokenEvent`s, the last of which is terminal.
+
+    max_tokens: most tokens to generate; prompt and output together must fit in max_model_len.
+    stop_token_ids: tokens that end the sequence with finish_reason "stop" (eos and its like).
+    cache_scope: prefix-cache blocks are shared only between requests of the same scope.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    max_tokens: int
+    stop_token_ids: list[int] = []
+    cache_scope: str = ""
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop a request and free what it holds. Unknown or finished ids are ignored."""
+
+    request_id: str
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """A client's first message; the engine answers with `EngineInfo` once it can serve."""
+
+
+ClientMessage = GenerateRequest | AbortRequest | Hello
+
+
+# --- Waist 1: engine process -> API process -------------------------------------------------------
+
+
+class TokenEvent(msgspec.Struct, frozen=True):
+    """New tokens of one request and, in its last event, why it ended.
+
+    token_ids: newly generated ids, the stop token included; may be empty in a terminal event.
+    num_cached_tokens: prompt tokens whose KV came from the prefix cache.
+    error: a sentence for the client, only with finish_reason "error".
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class TokenEvents(msgspec.Struct, frozen=True, tag="tokens"):
+    """All events of one engine step for one client, in one message."""
+
+    events: list[TokenEvent]
+
+
+class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
+    """What the engine resolved its `auto` settings to. Sizes in bytes."""
+
+    architecture: str
+    device: str
+    dtype: str
+    quantization: str
+    backend: str
+    num_threads: int
+    max_model_len: int
+    max_num_seqs: int
+    max_step_tokens: int
+    block_size: int
+    num_blocks: int
+    prefix_caching: bool
+    num_parameters: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    load_seconds: float
+
+
+EngineMessage = TokenEvents | EngineInfo
+
+
+# --- Waist 2: engine <-> runtime ------------------------------------------------------------------
+
+
+class NewSequence(msgspec.Struct, frozen=True):
+    """A sequence that takes a slot before the step runs; also one resumed after preemption.
+
+    token_ids: all tokens known so far (prompt, and what was generated before a preemption).
+    num_prompt_tokens: how many of them the caller wrote; penalties count the rest.
+    block_ids: KV blocks already filled by the prefix cache.
+    """
+
+    slot: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    block_ids: list[int]
+
+
+class Row(msgspec.Struct, frozen=True):
+    """Compute the tokens [start, start + num_tokens) of the sequence in `slot`.
+
+    new_block_ids: KV blocks appended to the slot's block table before the step.
+    sample: whether a next token is drawn after the row's last position.
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    new_block_ids: list[int]
+    sample: bool
+
+
+class StepPlan(msgspec.Struct, frozen=True):
+    """One step of the model. It never needs the value of a token just sampled: the runtime keeps
+    the token table of every slot, so a plan can be made while the step before it still runs."""
+
+    step: int
+    admitted: list[NewSequence]
+    rows: list[Row]
+
+
+class StepResult(msgspec.Struct, frozen=True):
+    """Sampled token ids, one per row of the plan; -1 where the row did not sample."""
+
+    step: int
+    token_ids: list[int]

@@ -1,0 +1,117 @@
+"""All settings, each declared once: name, type, default, bounds, help text.
+
+The command line (`--max-model-len`), the environment (`TOPTWO_MAX_MODEL_LEN`) and the README's table
+are derived from these fields. The environment is read here and nowhere else. `auto` values are
+resolved later, once, into a frozen config; nothing in this module looks at the machine or the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from toptwo.errors import StartupError
+
+ENV_PREFIX = "TOPTWO_"
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["auto", "none", "int8", "int4"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class Settings(BaseSettings):
+    """What a person can configure. Field descriptions are the `--help` texts."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="ignore")
+
+    model: str | None = Field(
+        None, description="Checkpoint directory or hub id; without it, the embedded default model."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    api_key: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Accepted bearer key; repeatable (comma-separated in the environment)."
+    )
+    served_model_name: str | None = Field(
+        None, description="Model id that clients use; by default the model's own name."
+    )
+    device: Device = Field("auto", description="Where the model runs.")
+    dtype: Dtype = Field("auto", description="Number format of weights and KV cache; auto is float32 on CPUs.")
+    quantization: Quantization = Field("auto", description="Weight format.")
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest prompt plus output, in tokens; by default the model's context."
+    )
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="Most sequences that run in one step.")
+    max_step_tokens: int = Field(
+        512, ge=1, le=65536, description="Token budget of one step; longer prompts run in chunks."
+    )
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="Memory for the KV cache in GiB; by default sized to the machine."
+    )
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of the model; by default one per core."
+    )
+    no_prefix_caching: bool = Field(False, description="Do not reuse the KV of shared prompt prefixes.")
+    cache_dir: Path = Field(
+        Path("~/.cache/toptwo"), description="Where prepared models are kept."
+    )
+    default_model_wheel: Path | None = Field(
+        None, description="Local copy of the default model's wheel, for machines without a registry."
+    )
+    log_level: LogLevel = Field("info", description="Least severe messages that are logged.")
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("api_key")
+    @classmethod
+    def _refuse_weak_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        # An empty secret has switched authentication off in other servers; here it is a mistake.
+        for key in keys:
+            if not key.strip() or key.lower() in {"none", "null"}:
+                raise ValueError("a key is empty; give a real one, or none at all to have one created")
+            if not key.isascii() or any(c.isspace() or not c.isprintable() for c in key):
+                raise ValueError("a key must be printable ASCII without spaces")
+        return keys
+
+    @field_validator("cache_dir", "default_model_wheel")
+    @classmethod
+    def _expand_home(cls, path: Path | None) -> Path | None:
+        return path.expanduser() if path else None
+
+
+def flag_of(field: str) -> str:
+    """The command-line flag of a field: `max_model_len` -> `--max-model-len`."""
+    return "MODEL" if field == "model" else "--" + field.replace("_", "-")
+
+
+def load_settings(flags: dict[str, object]) -> tuple[Settings, dict[str, str]]:
+    """Settings from flags, then environment, then defaults, and the source of each non-default one.
+
+    flags: field name -> value, only those given on the command line.
+    Raises StartupError with one line that names the flag or variable.
+    """
+    try:
+        settings = Settings(**flags)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise StartupError("; ".join(_explain(dict(e), flags) for e in error.errors())) from None
+    sources = {
+        name: flag_of(name) if name in flags else ENV_PREFIX + name.upper()
+        for name in sorted(settings.model_fields_set)
+        if getattr(settings, name) != Settings.model_fields[name].default
+    }
+    return settings, sources
+
+
+def _explain(error: dict[str, object], flags: dict[str, object]) -> str:
+    location = error["loc"]
+    field = str(location[0]) if isinstance(location, tuple) and location else "settings"
+    source = flag_of(field) if field in flags else ENV_PREFIX + field.upper()
+    shown = "" if field == "api_key" else f" (got {error.get('input')!r})"
+    return f"{source}: {error['msg']}{shown}"
