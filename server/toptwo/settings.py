@@ -40,7 +40,9 @@ class Settings(BaseSettings):
         None, description="Model id that clients use; by default the model's own name."
     )
     device: Device = Field("auto", description="Where the model runs.")
-    dtype: Dtype = Field("auto", description="Number format of weights and KV cache; auto is float32 on CPUs.")
+    dtype: Dtype = Field(
+        "auto", description="Number format of weights and KV cache; auto is float32 on CPUs."
+    )
     quantization: Quantization = Field("auto", description="Weight format.")
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt plus output, in tokens; by default the model's context."
@@ -56,9 +58,7 @@ class Settings(BaseSettings):
         None, ge=1, le=1024, description="CPU threads of the model; by default one per core."
     )
     no_prefix_caching: bool = Field(False, description="Do not reuse the KV of shared prompt prefixes.")
-    cache_dir: Path = Field(
-        Path("~/.cache/toptwo"), description="Where prepared models are kept."
-    )
+    cache_dir: Path = Field(Path("~/.cache/toptwo"), description="Where prepared models are kept.")
     default_model_wheel: Path | None = Field(
         None, description="Local copy of the default model's wheel, for machines without a registry."
     )

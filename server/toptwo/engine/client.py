@@ -1,14 +1,21 @@
 """The API process's side of waist 1: send a GenerateRequest, iterate its TokenEvents.
 
-Knows messages and sockets; must not know HTTP, text, torch or the scheduler.
+Knows messages and sockets; must not know HTTP, text, torch or the scheduler. Delivery never blocks:
+events go to a queue per request, and when the engine is lost every open request gets its terminal
+error event, as does every later one until there is an engine again.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Protocol
 
-from toptwo.messages import EngineInfo, GenerateRequest, TokenEvent
+from toptwo.engine.transport import ClientSocket
+from toptwo.errors import EngineDeadError
+from toptwo.messages import AbortRequest, EngineInfo, GenerateRequest, Hello, TokenEvent, TokenEvents
 
 
 class Engine(Protocol):
@@ -26,3 +33,80 @@ class Engine(Protocol):
 
         Raises EngineDeadError at the first iteration when no engine is ready.
         """
+
+
+class EngineClient:
+    """Talks to one engine process at a time; the supervisor connects it to each new one."""
+
+    def __init__(self) -> None:
+        self._socket: ClientSocket | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._queues: dict[str, asyncio.Queue[TokenEvent]] = {}
+        self._info: EngineInfo | None = None
+        self.ready = asyncio.Event()
+
+    @property
+    def info(self) -> EngineInfo | None:
+        return self._info
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._queues)
+
+    async def connect(self, path: Path) -> None:
+        """Greet the engine at `path`; `ready` is set when it answers."""
+        self._socket = ClientSocket(path)
+        self._reader = asyncio.create_task(self._read(self._socket), name="engine-reader")
+        await self._socket.send(Hello())
+
+    async def disconnect(self, reason: str) -> None:
+        """Forget the engine and end all open requests with an error."""
+        self._info = None
+        self.ready.clear()
+        if self._reader:
+            self._reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader
+        if self._socket:
+            self._socket.close()
+        self._reader = self._socket = None
+        for request_id in list(self._queues):
+            self._deliver(TokenEvent(request_id, [], "error", error=reason))
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
+        """See `Engine.generate`."""
+        if self._socket is None or self._info is None:
+            raise EngineDeadError("the engine is not ready")
+        queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._queues[request.request_id] = queue
+        try:
+            await self._socket.send(request)
+            while True:
+                event = await queue.get()
+                yield event
+                if event.finish_reason:
+                    return
+        finally:
+            if self._queues.pop(request.request_id, None) is not None and self._socket is not None:
+                await self._socket.send(AbortRequest(request.request_id))
+
+    async def _read(self, socket: ClientSocket) -> None:
+        while True:
+            message = await socket.receive()
+            match message:
+                case EngineInfo():
+                    self._info = message
+                    self.ready.set()
+                case TokenEvents():
+                    for event in message.events:
+                        self._deliver(event)
+
+    def _deliver(self, event: TokenEvent) -> None:
+        # A request that was closed meanwhile has no queue any more: its late events are dropped.
+        if event.finish_reason:
+            queue = self._queues.pop(event.request_id, None)
+        else:
+            queue = self._queues.get(event.request_id)
+        if queue:
+            queue.put_nowait(event)

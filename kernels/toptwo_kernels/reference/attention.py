@@ -1,0 +1,102 @@
+"""Attention over the paged KV cache: gather each row's context, pad, one batched product per group.
+
+Rows with the same number of queries share a group, so that all decoding rows of a step are one
+batched product. The plan of a step is index arithmetic only and is made once for all layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from toptwo_kernels.ops import AttentionBatch
+
+MAX_GATHERED_TOKENS = 65_536  # context tokens gathered at once; bounds the memory of a group
+
+
+@dataclass(frozen=True)
+class _Group:
+    """G rows of Q queries each over contexts padded to L: who they are and what they may see."""
+
+    tokens_GQ: Tensor
+    slots_GL: Tensor
+    visible_GQL: Tensor
+
+
+def write_kv(k_TMD: Tensor, v_TMD: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
+    """See `ops.Ops.write_kv`."""
+    k_cache.flatten(0, 1).index_copy_(0, slots_T, k_TMD.to(k_cache.dtype))
+    v_cache.flatten(0, 1).index_copy_(0, slots_T, v_TMD.to(v_cache.dtype))
+
+
+def plan_attention(batch: AttentionBatch) -> object:
+    """See `ops.Ops.plan_attention`."""
+    starts = batch.query_starts_R1.tolist()
+    contexts = batch.context_lens_R.tolist()
+    queries = [end - start for start, end in itertools.pairwise(starts)]
+    # By query count, then context length: little padding, and groups are quick to cut.
+    order = sorted(range(len(queries)), key=lambda row: (queries[row], contexts[row]))
+    groups: list[_Group] = []
+    for _, same in itertools.groupby(order, key=lambda row: queries[row]):
+        groups += [_plan_group(rows, batch) for rows in _cut(list(same), contexts)]
+    return groups
+
+
+def _cut(rows: list[int], contexts: list[int]) -> list[list[int]]:
+    """Split rows, sorted by context length, so that no group gathers too many padded tokens."""
+    parts: list[list[int]] = [[]]
+    for row in rows:
+        if parts[-1] and (len(parts[-1]) + 1) * contexts[row] > MAX_GATHERED_TOKENS:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
+def _plan_group(rows: list[int], batch: AttentionBatch) -> _Group:
+    index = torch.tensor(rows, device=batch.context_lens_R.device)
+    contexts_G = batch.context_lens_R[index]
+    starts_G = batch.query_starts_R1[index]
+    num_queries = int(batch.query_starts_R1[rows[0] + 1] - batch.query_starts_R1[rows[0]])
+    queries_Q = torch.arange(num_queries, device=index.device)
+    context_L = torch.arange(int(contexts_G.max()), device=index.device)
+
+    tokens_GQ = starts_G[:, None] + queries_Q
+    blocks_GL = batch.block_tables_RB[index][:, context_L // batch.block_size]
+    slots_GL = blocks_GL * batch.block_size + context_L % batch.block_size
+    # The last query sees the whole context, the one before it one token less, and so on.
+    last_seen_GQ = (contexts_G - num_queries)[:, None] + queries_Q
+    visible_GQL = context_L <= last_seen_GQ[..., None]
+    # Padding is invisible, but it is multiplied by its zero weight all the same: let it read the
+    # row's own first token, never memory that may hold anything (0 * NaN is NaN).
+    slots_GL = torch.where(context_L < contexts_G[:, None], slots_GL, slots_GL[:, :1])
+    return _Group(tokens_GQ, slots_GL, visible_GQL)
+
+
+def attention(q_TND: Tensor, k_cache: Tensor, v_cache: Tensor, plan: object, scale: float) -> Tensor:
+    """See `ops.Ops.attention`."""
+    out_TND = torch.empty_like(q_TND)
+    for group in cast(list[_Group], plan):
+        q_GQND = q_TND[group.tokens_GQ]
+        k_GLMD = k_cache.flatten(0, 1)[group.slots_GL].to(q_TND.dtype)
+        v_GLMD = v_cache.flatten(0, 1)[group.slots_GL].to(q_TND.dtype)
+        out_TND[group.tokens_GQ] = _attend(q_GQND, k_GLMD, v_GLMD, group.visible_GQL, scale)
+    return out_TND
+
+
+def _attend(q_GQND: Tensor, k_GLMD: Tensor, v_GLMD: Tensor, visible_GQL: Tensor, scale: float) -> Tensor:
+    groups, num_queries, num_heads, head_dim = q_GQND.shape
+    num_kv_heads = k_GLMD.shape[2]
+    # The heads that share a KV head become extra queries of it: PQ = (N / M) * Q.
+    per_kv = num_heads // num_kv_heads
+    q = q_GQND.view(groups, num_queries, num_kv_heads, per_kv, head_dim).permute(0, 2, 3, 1, 4)
+    q_GMXD = q.reshape(groups, num_kv_heads, per_kv * num_queries, head_dim)
+    scores = (q_GMXD @ k_GLMD.permute(0, 2, 3, 1)).float() * scale
+    scores = scores.view(groups, num_kv_heads, per_kv, num_queries, -1)
+    scores = scores.masked_fill(~visible_GQL[:, None, None], float("-inf"))
+    probs = scores.softmax(-1).to(v_GLMD.dtype).flatten(2, 3)
+    out = (probs @ v_GLMD.permute(0, 2, 1, 3)).view(groups, num_kv_heads, per_kv, num_queries, head_dim)
+    return out.permute(0, 3, 1, 2, 4).reshape(groups, num_queries, num_heads, head_dim)

@@ -1,0 +1,61 @@
+"""From logits to the next token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toptwo_kernels.ops import SamplingBatch
+
+
+def sample(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
+    """See `ops.Ops.sample`. Everything is computed in float32."""
+    logits = _penalize(logits_RV.float(), batch)
+    ids = logits.argmax(-1)
+    for row in torch.nonzero(batch.temperature_R > 0).flatten().tolist():
+        ids[row] = _draw(logits[row] / batch.temperature_R[row], row, batch)
+    return ids
+
+
+def _penalize(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
+    if not batch.penalty_rows:
+        return logits_RV
+    logits_RV = logits_RV.clone()
+    vocab = logits_RV.shape[1]
+    for i, row in enumerate(batch.penalty_rows):
+        logits = logits_RV[row]
+        if batch.repetition[i] != 1.0:
+            seen = torch.unique(batch.context_tokens[i])
+            at = logits[seen]
+            logits[seen] = torch.where(at > 0, at / batch.repetition[i], at * batch.repetition[i])
+        counts = torch.bincount(batch.generated_tokens[i], minlength=vocab)
+        logits -= batch.presence[i] * (counts > 0) + batch.frequency[i] * counts
+    return logits_RV
+
+
+def _draw(logits_V: Tensor, row: int, batch: SamplingBatch) -> Tensor:
+    """One row, one draw: walk the kept tokens in a fixed order until the uniform is used up."""
+    probs = logits_V.softmax(-1)
+    top_k, top_p, min_p = int(batch.top_k_R[row]), float(batch.top_p_R[row]), float(batch.min_p_R[row])
+    if not (0 < top_k < len(probs)) and top_p >= 1.0 and min_p <= 0.0:
+        return _invert(probs, batch.uniform_R[row])
+    # Stable: equal probabilities keep the order of their ids.
+    probs, ids = torch.sort(probs, descending=True, stable=True)
+    if 0 < top_k < len(probs):
+        probs = probs[:top_k]
+        probs = probs / probs.sum()
+    if top_p < 1.0:
+        # Keep a token while the mass before it has not reached top_p; the first is always kept.
+        before = probs.cumsum(0) - probs
+        probs = probs[before < top_p] if top_p > 0 else probs[:1]
+    if min_p > 0.0:
+        probs = probs[probs >= min_p * probs[0]]
+    return ids[_invert(probs, batch.uniform_R[row])]
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Index i with probability weights[i] / sum: the first whose running sum exceeds u * sum."""
+    running = weights.double().cumsum(0)
+    index = torch.searchsorted(running, (uniform * running[-1]).reshape(1), right=True)[0]
+    # u * sum can round up to the sum itself; trailing zero weights must not be drawn then.
+    return index.clamp(max=int(torch.nonzero(weights)[-1]))

@@ -1,0 +1,33 @@
+"""The inside of an engine process: private, deaf to Ctrl-C, and gone when its parent is gone."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+
+PR_SET_PDEATHSIG = 1
+
+
+def read_config() -> bytes:
+    """The configuration line that the supervisor writes to standard input."""
+    return sys.stdin.buffer.readline()
+
+
+def bind_to_parent() -> None:
+    """End this process when standard input closes, which also happens when the parent is killed.
+
+    On Linux the kernel is asked as well, for a parent killed while this process is stuck in native code.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent drains on Ctrl-C and ends this process
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_exit_at_end_of_input, name="parent-watch", daemon=True).start()
+
+
+def _exit_at_end_of_input() -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os._exit(0)

@@ -1,0 +1,227 @@
+"""Who runs next, and in which KV blocks: phase-less continuous batching.
+
+A step runs `num_tokens - num_computed` tokens of each chosen sequence under a token budget. Prefill,
+chunked prefill, a prefix-cache hit, decoding and resuming after a preemption are all this one rule
+(the idea is vLLM V1's). Running sequences go first, oldest first; then the waiting ones, first come
+first served. When blocks run out, the youngest running sequence gives up its blocks and waits at the
+head of the queue to be recomputed. The oldest one is never preempted, so everything finishes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from toptwo.engine.blocks import BlockPool
+from toptwo.engine.request import Sequence
+from toptwo.messages import FinishReason, GenerateRequest, NewSequence, Row, StepPlan, StepResult, TokenEvent
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """max_step_tokens is at least max_num_seqs, so that every running sequence can take a step."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_step_tokens: int
+    prefix_caching: bool = True
+
+
+class Scheduler:
+    """Turns requests into step plans, and step results into token events."""
+
+    def __init__(self, limits: SchedulerLimits, blocks: BlockPool) -> None:
+        if blocks.num_blocks < blocks.blocks_for(limits.max_model_len):
+            raise ValueError("the block pool cannot hold one sequence of max_model_len tokens")
+        self.limits = limits
+        self.blocks = blocks
+        self.num_preemptions = 0
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # oldest first
+        self._sequences: dict[str, Sequence] = {}
+        self._free_slots = list(range(limits.max_num_seqs))
+        self._planned: list[tuple[Sequence, Row]] = []
+        self._step = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, request: GenerateRequest) -> TokenEvent | None:
+        """Queue a request, or refuse it with its terminal event."""
+        problem = self._problem_of(request)
+        if problem:
+            return TokenEvent(request.request_id, [], "error", error=problem)
+        sequence = Sequence(request)
+        self._sequences[request.request_id] = sequence
+        self._waiting.append(sequence)
+        return None
+
+    def abort(
+        self, request_id: str, reason: FinishReason = "abort", error: str | None = None
+    ) -> TokenEvent | None:
+        """End a request now and free what it holds. None for an unknown or finished one."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return None
+        self._remove(sequence)
+        return TokenEvent(request_id, [], reason, sequence.num_cached or 0, error)
+
+    def abort_all(self, error: str) -> list[TokenEvent]:
+        """End every request with an error."""
+        events = [self.abort(request_id, "error", error) for request_id in list(self._sequences)]
+        return [event for event in events if event]
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to run. Answer it with `apply`."""
+        self._planned = []
+        preemptions = self.num_preemptions
+        budget = self._plan_running(self.limits.max_step_tokens)
+        admitted = []
+        if preemptions == self.num_preemptions:  # who gave up blocks must not get them back at once
+            admitted = self._plan_waiting(budget)
+        if not self._planned:
+            return None
+        self._step += 1
+        return StepPlan(self._step, admitted, [row for _, row in self._planned])
+
+    def apply(self, result: StepResult) -> list[TokenEvent]:
+        """Take in the tokens of the last planned step; one event per row that sampled."""
+        events = []
+        for (sequence, row), token in zip(self._planned, result.token_ids, strict=True):
+            if self._sequences.get(sequence.request.request_id) is not sequence:
+                continue  # aborted while the step ran
+            sequence.num_computed += row.num_tokens
+            self._register_blocks(sequence, row)
+            if row.sample:
+                sequence.token_ids.append(token)
+                events.append(self._conclude(sequence, token))
+        self._planned = []
+        return events
+
+    def _problem_of(self, request: GenerateRequest) -> str | None:
+        if request.request_id in self._sequences:
+            return f"request id {request.request_id} is in use"
+        if not request.prompt_ids:
+            return "the prompt has no tokens"
+        if request.max_tokens < 1:
+            return "max_tokens must be at least 1"
+        if len(request.prompt_ids) + request.max_tokens > self.limits.max_model_len:
+            return (
+                f"{len(request.prompt_ids)} prompt tokens and {request.max_tokens} to generate "
+                f"are over the context of {self.limits.max_model_len}"
+            )
+        return None
+
+    def _plan_running(self, budget: int) -> int:
+        """Rows for running sequences; returns what is left of the token budget."""
+        position = 0
+        while position < len(self._running) and budget > 0:
+            sequence = self._running[position]
+            count = min(sequence.num_left, budget)
+            missing = self.blocks.blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
+            if missing > self.blocks.num_free:
+                # Rows planned so far belong to older sequences, so the victim has none.
+                self._preempt(self._running[-1])
+                continue
+            self._plan_row(sequence, count, self._extend(sequence, missing))
+            budget -= count
+            position += 1
+        return budget
+
+    def _plan_waiting(self, budget: int) -> list[NewSequence]:
+        """Admit waiting sequences while slots, blocks and budget last."""
+        admitted = []
+        while self._waiting and self._free_slots and budget > 0:
+            sequence = self._waiting[0]
+            cached = self._find_cached(sequence)
+            # All known tokens get their blocks now, so that a prompt, once begun, can finish; and
+            # one block per running sequence stays free, or growth would evict the newcomer at once.
+            missing = self.blocks.blocks_for(sequence.num_tokens) - len(cached)
+            available = self.blocks.num_free - self.blocks.count_free(cached)
+            if missing + len(self._running) > available:
+                break
+            admitted.append(self._admit(self._waiting.popleft(), cached))
+            count = min(sequence.num_left, budget)
+            self._plan_row(sequence, count, self._extend(sequence, missing))
+            budget -= count
+        return admitted
+
+    def _find_cached(self, sequence: Sequence) -> list[int]:
+        if not self.limits.prefix_caching:
+            return []
+        # The last token is always computed: its logits are what the next token is drawn from.
+        count = (sequence.num_tokens - 1) // self.blocks.block_size
+        return self.blocks.find_prefix(sequence.block_hashes(count, self.blocks.block_size))
+
+    def _admit(self, sequence: Sequence, cached: list[int]) -> NewSequence:
+        self.blocks.share(cached)
+        sequence.block_ids = list(cached)
+        sequence.num_computed = len(cached) * self.blocks.block_size
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+        sequence.slot = self._free_slots.pop()
+        self._running.append(sequence)
+        return NewSequence(
+            slot=sequence.slot,
+            token_ids=list(sequence.token_ids),
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            sampling=sequence.request.sampling,
+            block_ids=cached,
+        )
+
+    def _extend(self, sequence: Sequence, count: int) -> list[int]:
+        new_blocks = self.blocks.allocate(count) if count > 0 else []
+        sequence.block_ids += new_blocks
+        return new_blocks
+
+    def _plan_row(self, sequence: Sequence, count: int, new_blocks: list[int]) -> None:
+        assert sequence.slot is not None  # noqa: S101  (running sequences have a slot)
+        sample = count == sequence.num_left
+        row = Row(sequence.slot, sequence.num_computed, count, new_blocks, sample)
+        self._planned.append((sequence, row))
+
+    def _register_blocks(self, sequence: Sequence, row: Row) -> None:
+        """Offer the blocks that the row has filled to the prefix cache."""
+        size = self.blocks.block_size
+        filled = range(row.start // size, sequence.num_computed // size)
+        if not self.limits.prefix_caching or not filled:
+            return
+        hashes = sequence.block_hashes(filled.stop, size)
+        for index in filled:
+            self.blocks.register(sequence.block_ids[index], hashes[index])
+
+    def _conclude(self, sequence: Sequence, token: int) -> TokenEvent:
+        reason = sequence.finish_reason()
+        if reason:
+            self._remove(sequence)
+        return TokenEvent(sequence.request.request_id, [token], reason, sequence.num_cached or 0)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self._stop_running(sequence)
+        sequence.num_computed = 0
+        self._waiting.appendleft(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request.request_id]
+        if sequence.slot is None:
+            self._waiting.remove(sequence)
+        else:
+            self._stop_running(sequence)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None  # noqa: S101
+        self._running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = None
+        self.blocks.release(sequence.block_ids)
+        sequence.block_ids = []

@@ -1,0 +1,111 @@
+"""Keeps an engine process alive: start it, connect the client, restart it when it dies, give up in time.
+
+Knows processes and the client; must not know what the engine process does inside. The child gets its
+configuration as one line on standard input, and takes the end of that pipe as its parent's death.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from toptwo.engine.client import EngineClient
+from toptwo.errors import StartupError
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """Give up after `max_crashes` within `window` seconds."""
+
+    max_crashes: int = 3
+    window: float = 60.0
+
+
+class Supervisor:
+    """Runs `command` with `config` on its standard input, as long as it is wanted.
+
+    run_dir: private directory for the sockets; each process gets a new one, so that nothing of a
+    dead engine can reach its successor's clients.
+    """
+
+    def __init__(
+        self, command: list[str], config: bytes, run_dir: Path, policy: RestartPolicy = RestartPolicy()
+    ) -> None:
+        self.client = EngineClient()
+        self._command = command
+        self._config = config
+        self._run_dir = run_dir
+        self._policy = policy
+        self._crashes: deque[float] = deque(maxlen=policy.max_crashes)
+        self._generation = 0
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = False
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine that runs now."""
+        return self._process.pid if self._process and self._process.returncode is None else None
+
+    async def run(self) -> None:
+        """Until `stop`. Raises StartupError when an engine never got ready, or keeps dying."""
+        while not self._stopping:
+            was_ready, status = await self._run_once()
+            if self._stopping:  # set by `stop` while the process ran
+                return  # type: ignore[unreachable]
+            if not was_ready:
+                raise StartupError(f"the engine could not start (exit status {status})")
+            log.error("engine died", status=status)
+            self._crashes.append(time.monotonic())
+            if len(self._crashes) == self._policy.max_crashes and self._within_window():
+                raise StartupError(
+                    f"the engine died {len(self._crashes)} times within {self._policy.window:g} s; giving up"
+                )
+
+    async def stop(self, timeout: float = 5.0) -> None:
+        """End the engine process: first by closing its standard input, then by force."""
+        self._stopping = True
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        if process.stdin:
+            process.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await process.wait()
+                return
+        process.kill()
+        await process.wait()
+
+    def _within_window(self) -> bool:
+        return self._crashes[-1] - self._crashes[0] <= self._policy.window
+
+    async def _run_once(self) -> tuple[bool, int]:
+        """One engine process from start to end: (whether it got ready, its exit status)."""
+        self._generation += 1
+        path = self._run_dir / f"engine-{self._generation}.sock"
+        process = await asyncio.create_subprocess_exec(
+            *self._command, str(path), stdin=asyncio.subprocess.PIPE
+        )
+        self._process = process
+        try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died at once
+                assert process.stdin is not None  # noqa: S101
+                process.stdin.write(self._config + b"\n")
+                await process.stdin.drain()
+            await self.client.connect(path)
+            status = await process.wait()
+            return self.client.ready.is_set(), status
+        finally:
+            await self.client.disconnect("the engine stopped while it worked on this request")
+            path.unlink(missing_ok=True)
+            if process.returncode is None:
+                process.kill()
+                await process.wait()

@@ -1,0 +1,20 @@
+"""Dense projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from toptwo_kernels.ops import Ops
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x @ weight.T, without bias."""
+
+    weight_OI: Tensor
+    ops: Ops
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        return self.ops.linear(x_TI, self.weight_OI)

@@ -1,0 +1,1 @@
+"""Mixture of Experts = Router x Dispatcher x Experts. Start reading at `layer.py`."""

@@ -1,0 +1,89 @@
+"""From a StepPlan to the tensors of a step.
+
+`SlotTable` remembers, per running sequence, what plans do not repeat: its tokens, its block table
+and its sampling parameters. `build_batch` is the only place that turns slots into token rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toptwo.messages import NewSequence, Row, SamplingParams, StepPlan
+from toptwo_kernels.ops import AttentionBatch
+
+
+class SlotTable:
+    """State of the sequences that hold a slot, as arrays over slots."""
+
+    def __init__(self, num_slots: int, max_len: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.tokens = np.zeros((num_slots, max_len), np.int64)
+        self.blocks = np.zeros((num_slots, -(-max_len // block_size)), np.int64)
+        self.num_blocks = [0] * num_slots
+        self.num_prompt_tokens = [0] * num_slots
+        self.sampling: list[SamplingParams] = [SamplingParams(seed=0)] * num_slots
+
+    def admit(self, new: NewSequence) -> None:
+        """Fill a slot; whatever it held before is gone."""
+        self.tokens[new.slot, : len(new.token_ids)] = new.token_ids
+        self.num_blocks[new.slot] = 0
+        self.append_blocks(new.slot, new.block_ids)
+        self.num_prompt_tokens[new.slot] = new.num_prompt_tokens
+        self.sampling[new.slot] = new.sampling
+
+    def append_blocks(self, slot: int, block_ids: list[int]) -> None:
+        count = self.num_blocks[slot]
+        self.blocks[slot, count : count + len(block_ids)] = block_ids
+        self.num_blocks[slot] = count + len(block_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's inputs.
+
+    sampling_rows: the rows that draw a token; last_tokens: the index in T of each one's last token.
+    """
+
+    ids_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    attention: AttentionBatch
+    sampling_rows: list[Row]
+    last_tokens: Tensor
+
+
+def build_batch(plan: StepPlan, table: SlotTable) -> Batch:
+    """Rows in the plan's order, their tokens one after the other."""
+    for row in plan.rows:
+        table.append_blocks(row.slot, row.new_block_ids)
+    lengths = np.array([row.num_tokens for row in plan.rows])
+    starts = np.array([row.start for row in plan.rows])
+    slot_of_row = np.array([row.slot for row in plan.rows])
+    query_starts = np.concatenate(([0], lengths.cumsum()))
+
+    row_of_token = np.repeat(np.arange(len(plan.rows)), lengths)
+    slot_of_token = slot_of_row[row_of_token]
+    positions = np.arange(query_starts[-1]) - query_starts[row_of_token] + starts[row_of_token]
+    blocks = table.blocks[slot_of_token, positions // table.block_size]
+    cache_slots = blocks * table.block_size + positions % table.block_size
+
+    context_lens = starts + lengths
+    widest = -(-int(context_lens.max()) // table.block_size)
+    sampling = [index for index, row in enumerate(plan.rows) if row.sample]
+    return Batch(
+        ids_T=torch.from_numpy(table.tokens[slot_of_token, positions]),
+        positions_T=torch.from_numpy(positions),
+        slots_T=torch.from_numpy(cache_slots),
+        attention=AttentionBatch(
+            query_starts_R1=torch.from_numpy(query_starts),
+            context_lens_R=torch.from_numpy(context_lens),
+            block_tables_RB=torch.from_numpy(table.blocks[slot_of_row, :widest]),
+            block_size=table.block_size,
+        ),
+        sampling_rows=[plan.rows[index] for index in sampling],
+        last_tokens=torch.from_numpy(query_starts[1:][sampling] - 1),
+    )
