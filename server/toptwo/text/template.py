@@ -1,0 +1,169 @@
+"""Chat messages to one prompt text, by the Jinja template that came with the model.
+
+Templates are code from a stranger, so they run in Jinja's immutable sandbox, and their output and time
+are bounded; requests can never supply one. The environment matches the one Hugging Face documents for
+chat templates, so that a model sees here what it saw in training.
+
+Knows templates and messages; must not know token ids or HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
+
+from toptwo.errors import ApiError, StartupError
+from toptwo.text.checkpoint import read_json_if_present, read_text
+
+Message = Mapping[str, str]  # "role" and "content", and "name" where the caller gave one
+
+MAX_PROMPT_CHARS = 16 * 1024 * 1024
+MAX_RENDER_SECONDS = 10.0
+_MOST_EXPLAINED = 300  # characters of a template's own error message that a caller sees
+
+
+class ChatTemplate:
+    """A compiled chat template. Thread-safe.
+
+    named_tokens: what the template sees as `bos_token`, `eos_token` and so on.
+    Raises StartupError when the source is not a valid template.
+    """
+
+    def __init__(
+        self, source: str, named_tokens: Mapping[str, str], *, origin: str = "chat template"
+    ) -> None:
+        environment = _environment()
+        try:
+            self._template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise StartupError(f"{origin}: is not a valid chat template ({error})") from None
+        self._named_tokens = dict(named_tokens)
+
+    @classmethod
+    def load(cls, directory: Path, named_tokens: Mapping[str, str]) -> ChatTemplate:
+        """Read chat_template.jinja, or chat_template of chat_template.json or tokenizer_config.json.
+
+        Raises StartupError when there is none: a chat with a model that was trained on another format,
+        or on none, looks like a broken server.
+        """
+        path = directory / "chat_template.jinja"
+        if path.exists():
+            return cls(read_text(path), named_tokens, origin=str(path))
+        for file in ("chat_template.json", "tokenizer_config.json"):
+            path = directory / file
+            value = read_json_if_present(path).get("chat_template")
+            if value is not None:
+                return cls(_default_of(value, path), named_tokens, origin=str(path))
+        raise StartupError(f"{directory}: the model has no chat template (chat_template.jinja)")
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt, up to the point where the assistant's answer begins.
+
+        Raises ApiError (400, param messages) when the template refuses the messages or fails on them.
+        """
+        variables = {
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": True,
+            "tools": None,
+            "documents": None,
+            **self._named_tokens,
+        }
+        deadline = time.monotonic() + MAX_RENDER_SECONDS
+        parts: list[str] = []
+        num_chars = 0
+        try:
+            for part in self._template.generate(variables):
+                parts.append(part)
+                num_chars += len(part)
+                if num_chars > MAX_PROMPT_CHARS or time.monotonic() > deadline:
+                    raise _refusal("The model's chat template makes too long a prompt of these messages.")
+        except _RaisedByTemplateError as error:
+            raise _refusal(str(error)[:_MOST_EXPLAINED]) from None
+        except ApiError:
+            raise
+        except Exception:  # any error of the template's code; its text is not for the caller
+            raise _refusal("The model's chat template cannot render these messages.") from None
+        return "".join(parts)
+
+
+class _RaisedByTemplateError(jinja2.TemplateError):
+    """The template itself refused the messages by calling raise_exception."""
+
+
+class _GenerationBlocks(Extension):
+    """Accepts {% generation %} blocks, which mark the trainable text; when serving they are plain text."""
+
+    tags = {"generation"}  # noqa: RUF012 - declared so by Jinja
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _PlainNamespace(Namespace):
+    """Jinja's namespace() lets a template set names like __call__, which Python gives a meaning."""
+
+    def __setitem__(self, name: str, value: object) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a namespace cannot hold {name!r}")
+        super().__setitem__(name, value)
+
+
+def _refusal(message: str) -> ApiError:
+    return ApiError(message, param="messages", code="invalid_value")
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    del environment.globals["lipsum"]
+    functions: dict[str, Callable[..., object]] = {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "namespace": _PlainNamespace,
+    }
+    environment.globals.update(functions)
+    return environment
+
+
+def _raise_exception(message: object) -> None:
+    raise _RaisedByTemplateError(str(message))
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)  # local time, as the models' authors render it
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML, which no model was trained on."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _default_of(value: object, path: Path) -> str:
+    """The template out of a string, or out of a list of {"name", "template"} that has a "default"."""
+    if isinstance(value, list):
+        named = {e.get("name"): e.get("template") for e in value if isinstance(e, dict)}
+        value = named.get("default")
+    if not isinstance(value, str):
+        raise StartupError(f'{path}: chat_template must be a text, or a list with one named "default"')
+    return value

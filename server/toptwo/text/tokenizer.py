@@ -1,0 +1,128 @@
+"""Words to token ids and back, on the `tokenizers` library alone.
+
+Knows the tokenizer files of a checkpoint; must not know chat messages, HTTP or the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from toptwo.errors import StartupError
+from toptwo.text.checkpoint import read_json_if_present
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """The vocabulary of one model. Thread-safe: nothing changes after construction.
+
+    stop_token_ids: tokens that end an answer (eos and its like), sorted; may be empty.
+    named_tokens: "bos_token" -> "<s>" and so on, for chat templates.
+    special_tokens: texts of all control tokens. special_ids: their ids.
+    """
+
+    def __init__(
+        self,
+        vocabulary: tokenizers.Tokenizer,
+        *,
+        stop_token_ids: Iterable[int] = (),
+        named_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        # tokenizer.json may carry the truncation and padding of somebody's training run.
+        vocabulary.no_truncation()
+        vocabulary.no_padding()
+        self._vocabulary = vocabulary
+        self.stop_token_ids = tuple(sorted(set(stop_token_ids)))
+        self.named_tokens = dict(named_tokens or {})
+        special = {i: t.content for i, t in vocabulary.get_added_tokens_decoder().items() if t.special}
+        self.special_ids = frozenset(special)
+        self.special_tokens = tuple(sorted(special.values()))
+        self._newline_ids = self._encode_whole(["\n"])[0]
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer:
+        """Read tokenizer.json and, where present, tokenizer_config.json, special_tokens_map.json,
+        generation_config.json and config.json.
+
+        Raises StartupError with one line that names the file.
+        """
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise StartupError(f"{path}: no such file; a fast tokenizer in this format is needed")
+        try:
+            vocabulary = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise StartupError(f"{path}: is not a readable tokenizer ({error})") from None
+        named_tokens = _named_tokens(directory)
+        return cls(
+            vocabulary,
+            stop_token_ids=_stop_token_ids(directory, vocabulary, named_tokens),
+            named_tokens=named_tokens,
+        )
+
+    def encode(self, pieces: Sequence[str]) -> list[int]:
+        """Token ids of the pieces, one after the other; no token is formed across a border of two.
+
+        Texts of control tokens inside a piece become control tokens. No bos or eos is added: chat
+        templates write their own.
+        """
+        first, *rest = pieces
+        if not rest:
+            return self._encode_whole([first])[0]
+        # A tokenizer of the SentencePiece family starts every text with a space. That is right for the
+        # first piece only, so the others are encoded behind a newline that is then cut off again.
+        cut = len(self._newline_ids)
+        encoded = self._encode_whole([first, *("\n" + piece for piece in rest)])
+        for index, piece in enumerate(rest, start=1):
+            if encoded[index][:cut] == self._newline_ids:
+                encoded[index] = encoded[index][cut:]
+            else:  # the newline melted into the piece's first token
+                encoded[index] = self._encode_whole([piece])[0]
+        return [token for ids in encoded for token in ids]
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether readers see the token: not a control token, and in the vocabulary (models pad theirs)."""
+        return token_id not in self.special_ids and self._vocabulary.id_to_token(token_id) is not None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, that of control tokens included."""
+        return self._vocabulary.decode(list(ids), skip_special_tokens=False)
+
+    def _encode_whole(self, texts: list[str]) -> list[list[int]]:
+        # Of the library's entry points this is the one that lets go of the interpreter lock (a long
+        # prompt would otherwise stall every stream of the process); it also skips unused offsets.
+        return [e.ids for e in self._vocabulary.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _named_tokens(directory: Path) -> dict[str, str]:
+    """Texts of the tokens that chat templates may name; tokenizer_config.json wins."""
+    named: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        config = read_json_if_present(directory / file)
+        for name in _NAMED_TOKENS:
+            value = config.get(name)
+            if isinstance(value, dict):  # a serialised AddedToken
+                value = value.get("content")
+            if isinstance(value, str):
+                named[name] = value
+    return named
+
+
+def _stop_token_ids(
+    directory: Path, vocabulary: tokenizers.Tokenizer, named_tokens: Mapping[str, str]
+) -> set[int]:
+    """The union of what the files call eos: chat models often name their turn end in one file only."""
+    ids: set[int] = set()
+    for file in ("generation_config.json", "config.json"):
+        value = read_json_if_present(directory / file).get("eos_token_id")
+        for token_id in value if isinstance(value, list) else [value]:
+            if token_id is None:
+                continue
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+                raise StartupError(f"{directory / file}: eos_token_id must be a token id or a list of them")
+            ids.add(token_id)
+    eos = vocabulary.token_to_id(named_tokens["eos_token"]) if "eos_token" in named_tokens else None
+    return ids if eos is None else ids | {eos}
