@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+torch.set_num_threads(1)  # for tensors this small, a second thread only waits for the first
+
 
 def write_mixtral(directory: Path, seed: int = 0, **overrides: Any) -> Any:
     """Save a random MixtralForCausalLM to `directory` and return it (float32, eval mode)."""
@@ -25,10 +27,47 @@ def write_mixtral(directory: Path, seed: int = 0, **overrides: Any) -> Any:
         "max_position_embeddings": 512,
         "rope_theta": 10_000.0,
         "rms_norm_eps": 1e-5,
-        "initializer_range": 0.2,  # large enough that logits and routing are decisive
+        "initializer_range": 0.1,  # large enough that logits and routing are decisive
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
     model = MixtralForCausalLM(MixtralConfig(**{**shape, **overrides})).eval()
     model.save_pretrained(directory)
     return model
+
+
+def load_runner(
+    directory: Path, *, max_model_len: int | None = None, num_blocks: int = 64, dtype: str = "float32"
+) -> Any:
+    """The checkpoint as a Runner with a KV pool of `num_blocks` blocks and 32 slots."""
+    from toptwo.models.registry import read_config
+    from toptwo.runtime.batch import SlotTable
+    from toptwo.runtime.kv_cache import BLOCK_SIZE, allocate_kv_cache
+    from toptwo.runtime.loader import Checkpoint, load_weights
+    from toptwo.runtime.runner import Runner
+    from toptwo_kernels.registry import load_backend
+
+    ops, torch_dtype = load_backend("reference"), getattr(torch, dtype)
+    architecture, config = read_config(directory)
+    max_len = max_model_len or config.max_position
+    with Checkpoint(directory) as checkpoint:
+        ignored = architecture.ignored_tensors(config)
+        weights = load_weights(checkpoint, architecture.weight_map(config), ignored, torch_dtype)
+    model = architecture.build(config, weights, max_len, ops)
+    kv_cache = allocate_kv_cache(config, num_blocks, torch_dtype)
+    return Runner(model, kv_cache, SlotTable(32, max_len, BLOCK_SIZE), ops)
+
+
+def forward_all(directory: Path, token_ids: list[int], dtype: str = "float32") -> torch.Tensor:
+    """Logits [T, V] after every token of one sequence, computed one token per step."""
+    from toptwo.messages import NewSequence, Row, SamplingParams, StepPlan
+
+    runner = load_runner(directory, dtype=dtype)
+    blocks = list(range(0, 2 * (1 + len(token_ids) // 16), 2))[::-1]  # scattered, not in order
+    admitted = [NewSequence(3, token_ids, len(token_ids), SamplingParams(seed=0), blocks)]
+    logits = []
+    for position in range(len(token_ids)):
+        plan = StepPlan(position, admitted, [Row(3, position, 1, [], True)])
+        admitted = []
+        logits.append(runner.compute_logits(plan)[0][0])
+    return torch.stack(logits)

@@ -63,9 +63,13 @@ def resolve(
             f"--max-num-seqs {settings.max_num_seqs}, or not every sequence could take a step"
         )
     dtype = resolve_dtype(settings)
-    max_len, num_blocks = _plan_memory(
-        settings, model, dtype, available_memory() - weight_bytes if memory is None else memory
-    )
+    free = (available_memory() if memory is None else memory) - weight_bytes
+    if free < 0:
+        raise StartupError(
+            f"the weights need {weight_bytes / GIB:.1f} GiB as {dtype} and "
+            f"{(free + weight_bytes) / GIB:.1f} GiB of memory are available"
+        )
+    max_len, num_blocks = _plan_memory(settings, model, dtype, free)
     return RuntimeConfig(
         device="cpu",
         dtype=dtype,
@@ -92,7 +96,7 @@ def _plan_memory(settings: Settings, model: ModelConfig, dtype: torch.dtype, mem
     if settings.kv_cache_gib is not None:
         budget = int(settings.kv_cache_gib * GIB)
     else:
-        budget = int(max(memory, 0) * KV_MEMORY_SHARE)
+        budget = int(memory * KV_MEMORY_SHARE)
     num_blocks = min(budget // block_bytes, settings.max_num_seqs * _blocks(wanted))
     if num_blocks >= _blocks(wanted):
         return wanted, num_blocks

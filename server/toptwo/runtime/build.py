@@ -1,0 +1,70 @@
+"""From a checkpoint directory and settings to a runner that can execute plans."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from toptwo.messages import EngineInfo
+from toptwo.models.registry import read_config
+from toptwo.runtime.batch import SlotTable
+from toptwo.runtime.device import RuntimeConfig, resolve, resolve_dtype
+from toptwo.runtime.kv_cache import allocate_kv_cache
+from toptwo.runtime.loader import Checkpoint, load_weights
+from toptwo.runtime.runner import Runner
+from toptwo.settings import Settings
+from toptwo_kernels.registry import load_backend
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A loaded model, ready to run, and what its settings were resolved to."""
+
+    runner: Runner
+    config: RuntimeConfig
+    info: EngineInfo
+
+
+def build_runtime(
+    settings: Settings, directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Runtime:
+    """Load the checkpoint. Raises StartupError when it cannot be loaded or cannot fit."""
+    started = time.monotonic()
+    architecture, model_config = read_config(directory)
+    specs = architecture.weight_map(model_config)
+    num_parameters = sum(math.prod(spec.shape) for spec in specs)
+    weight_bytes = num_parameters * resolve_dtype(settings).itemsize
+    config = resolve(settings, model_config, weight_bytes)
+    torch.set_num_threads(config.num_threads)
+
+    ops = load_backend(config.backend)
+    with Checkpoint(directory) as checkpoint:
+        ignored = architecture.ignored_tensors(model_config)
+        weights = load_weights(checkpoint, specs, ignored, config.dtype, on_progress)
+    model = architecture.build(model_config, weights, config.max_model_len, ops)
+    kv_cache = allocate_kv_cache(model_config, config.num_blocks, config.dtype)
+    table = SlotTable(config.max_num_seqs, config.max_model_len, config.block_size)
+    info = EngineInfo(
+        architecture=model_config.architecture,
+        device=config.device,
+        dtype=str(config.dtype).removeprefix("torch."),
+        quantization=config.quantization,
+        backend=config.backend,
+        num_threads=config.num_threads,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_step_tokens=config.max_step_tokens,
+        block_size=config.block_size,
+        num_blocks=config.num_blocks,
+        prefix_caching=config.prefix_caching,
+        num_parameters=num_parameters,
+        weight_bytes=weight_bytes,
+        kv_cache_bytes=config.kv_cache_bytes,
+        load_seconds=time.monotonic() - started,
+    )
+    return Runtime(Runner(model, kv_cache, table, ops), config, info)

@@ -1,0 +1,279 @@
+"""The scheduler against a runner that checks every block it is handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fake_runner import VOCAB, CheckingRunner, generate
+from toptwo.engine.blocks import BlockPool
+from toptwo.engine.scheduler import Scheduler, SchedulerLimits
+from toptwo.messages import GenerateRequest, SamplingParams, TokenEvent
+
+BLOCK = 4
+
+
+@dataclass
+class Harness:
+    """A scheduler, a checking runner, and everything the scheduler has said."""
+
+    num_blocks: int = 32
+    max_model_len: int = 64
+    max_num_seqs: int = 4
+    max_step_tokens: int = 8
+    prefix_caching: bool = True
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    ends: dict[str, TokenEvent] = field(default_factory=dict)
+    requests: dict[str, GenerateRequest] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        limits = SchedulerLimits(
+            self.max_model_len, self.max_num_seqs, self.max_step_tokens, self.prefix_caching
+        )
+        self.scheduler = Scheduler(limits, BlockPool(self.num_blocks, BLOCK))
+        self.runner = CheckingRunner(self.max_num_seqs, self.num_blocks, BLOCK, self.max_step_tokens)
+
+    def add(self, prompt: list[int], max_tokens: int = 5, scope: str = "", stop: tuple[int, ...] = ()) -> str:
+        request_id = f"r{len(self.requests)}"
+        request = GenerateRequest(request_id, prompt, SamplingParams(seed=0), max_tokens, list(stop), scope)
+        self.requests[request_id] = request
+        self.take(self.scheduler.add(request))
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        self.take(self.scheduler.abort(request_id))
+
+    def take(self, *events: TokenEvent | None) -> None:
+        for event in events:
+            if event is None:
+                continue
+            assert event.request_id not in self.ends, "an event after the terminal one"
+            self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+            if event.finish_reason:
+                self.ends[event.request_id] = event
+
+    def step(self) -> bool:
+        plan = self.scheduler.plan()
+        if plan is None:
+            return False
+        self.take(*self.scheduler.apply(self.runner.execute(plan)))
+        return True
+
+    def run(self, limit: int = 10_000) -> None:
+        while self.scheduler.has_work:
+            assert self.step(), "work is left but nothing is planned"
+            limit -= 1
+            assert limit, "no progress"
+
+    def check_clean(self) -> None:
+        """Every request has ended once, with the right tokens, and holds nothing."""
+        assert set(self.ends) == set(self.requests)
+        assert self.scheduler.blocks.num_free == self.num_blocks
+        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+        for request_id, request in self.requests.items():
+            expected = generate(request.prompt_ids, request.max_tokens, request.stop_token_ids)
+            end, got = self.ends[request_id], self.tokens[request_id]
+            if end.finish_reason in ("stop", "length"):
+                assert got == expected
+                assert end.finish_reason == ("stop" if got[-1] in request.stop_token_ids else "length")
+            else:
+                assert got == expected[: len(got)]
+
+
+def test_one_request_gets_its_tokens() -> None:
+    harness = Harness()
+    request_id = harness.add([1, 2, 3], max_tokens=7)
+    harness.run()
+    assert harness.tokens[request_id] == generate([1, 2, 3], 7)
+    harness.check_clean()
+
+
+def test_a_stop_token_ends_the_sequence_and_is_reported() -> None:
+    harness = Harness()
+    stop = generate([5], 4)[3]
+    request_id = harness.add([5], max_tokens=50, stop=(stop,))
+    harness.run()
+    assert harness.ends[request_id].finish_reason == "stop"
+    assert harness.tokens[request_id][-1] == stop
+    harness.check_clean()
+
+
+def test_a_long_prompt_runs_in_chunks_beside_decoding_sequences() -> None:
+    harness = Harness(max_step_tokens=8)
+    short = harness.add([1], max_tokens=20)
+    harness.step()
+    harness.add(list(range(40)), max_tokens=2)
+    before = len(harness.tokens[short])
+    for _ in range(4):
+        harness.step()
+    assert len(harness.tokens[short]) == before + 4  # never starved by the prompt
+    harness.run()
+    harness.check_clean()
+
+
+def test_a_repeated_prompt_reuses_its_blocks() -> None:
+    harness = Harness()
+    prompt = list(range(10, 31))
+    harness.add(prompt)
+    harness.run()
+    again = harness.add(prompt)
+    harness.run()
+    assert harness.ends[again].num_cached_tokens == 20  # 5 full blocks; the last token is computed
+    harness.check_clean()
+
+
+def test_a_prompt_of_whole_blocks_still_computes_its_last_token() -> None:
+    harness = Harness()
+    prompt = list(range(16))
+    harness.add(prompt)
+    harness.run()
+    again = harness.add(prompt)
+    harness.run()
+    assert harness.ends[again].num_cached_tokens == 12
+    harness.check_clean()
+
+
+def test_generated_tokens_are_reused_as_the_prefix_of_the_next_turn() -> None:
+    harness = Harness()
+    first = harness.add([1, 2, 3, 4], max_tokens=9)
+    harness.run()
+    turn = [1, 2, 3, 4, *harness.tokens[first], 7, 7, 7]
+    second = harness.add(turn)
+    harness.run()
+    assert harness.ends[second].num_cached_tokens == 12
+    harness.check_clean()
+
+
+def test_scopes_do_not_share_blocks() -> None:
+    harness = Harness()
+    prompt = list(range(20))
+    harness.add(prompt, scope="one")
+    harness.run()
+    other = harness.add(prompt, scope="two")
+    harness.run()
+    assert harness.ends[other].num_cached_tokens == 0
+
+
+def test_prefix_caching_can_be_turned_off() -> None:
+    harness = Harness(prefix_caching=False)
+    prompt = list(range(20))
+    harness.add(prompt)
+    harness.run()
+    again = harness.add(prompt)
+    harness.run()
+    assert harness.ends[again].num_cached_tokens == 0
+
+
+def test_preemption_is_invisible_in_the_output() -> None:
+    harness = Harness(num_blocks=16, max_model_len=40, max_num_seqs=4, prefix_caching=False)
+    for start in range(6):
+        harness.add([start, 1, 2], max_tokens=30)
+    harness.run()
+    assert harness.scheduler.num_preemptions > 0
+    harness.check_clean()
+
+
+def test_requests_finish_in_order_of_arrival_when_equal() -> None:
+    harness = Harness(num_blocks=8, max_model_len=32, max_num_seqs=2)
+    for start in range(8):
+        harness.add([start, 3, 3, 3], max_tokens=12)
+    harness.run()
+    assert list(harness.ends) == list(harness.requests)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "words"),
+    [([], 5, "no tokens"), ([1], 0, "at least 1"), ([1] * 60, 5, "over the context of 64")],
+)
+def test_what_cannot_run_is_refused_with_a_terminal_event(
+    prompt: list[int], max_tokens: int, words: str
+) -> None:
+    harness = Harness()
+    refused = harness.add(prompt, max_tokens)
+    assert harness.ends[refused].finish_reason == "error"
+    assert words in (harness.ends[refused].error or "")
+    assert not harness.scheduler.has_work
+
+
+def test_a_request_id_in_use_is_refused() -> None:
+    harness = Harness()
+    harness.add([1])
+    event = harness.scheduler.add(harness.requests["r0"])
+    assert event is not None
+    assert event.finish_reason == "error"
+
+
+def test_unknown_and_repeated_aborts_are_ignored() -> None:
+    harness = Harness()
+    request_id = harness.add([1, 2, 3])
+    harness.step()
+    assert harness.scheduler.abort("nobody") is None
+    assert harness.scheduler.abort(request_id) is not None
+    assert harness.scheduler.abort(request_id) is None
+    assert harness.scheduler.blocks.num_free == harness.num_blocks
+
+
+def test_an_abort_while_a_step_runs_drops_only_that_result() -> None:
+    harness = Harness()
+    gone, stays = harness.add([1, 2]), harness.add([3, 4])
+    plan = harness.scheduler.plan()
+    assert plan is not None
+    result = harness.runner.execute(plan)
+    harness.abort(gone)
+    harness.take(*harness.scheduler.apply(result))
+    harness.run()
+    assert harness.tokens[gone] == []
+    assert harness.tokens[stays] == generate([3, 4], 5)
+    harness.check_clean()
+
+
+def test_abort_all_ends_everything_with_the_error() -> None:
+    harness = Harness(max_num_seqs=1)
+    harness.add([1])
+    harness.add([2])
+    harness.step()
+    harness.take(*harness.scheduler.abort_all("gone"))
+    assert {event.error for event in harness.ends.values()} == {"gone"}
+    harness.check_clean()
+
+
+def test_a_pool_too_small_for_one_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot hold one sequence"):
+        Harness(num_blocks=3, max_model_len=64)
+
+
+# A few tokens only, so that prompts often share prefixes.
+prompts = st.lists(st.integers(0, 2), min_size=1, max_size=30)
+actions = st.one_of(
+    st.tuples(st.just("add"), prompts, st.integers(1, 20), st.sampled_from(["", "b"]), st.integers(0, VOCAB)),
+    st.tuples(st.just("abort"), st.integers(0, 30)),
+    st.tuples(st.just("step"), st.integers(1, 6)),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(actions, max_size=40),
+    st.integers(13, 24),
+    st.integers(1, 5),
+    st.integers(5, 40),
+    st.booleans(),
+)
+def test_nothing_leaks_starves_or_ends_twice(
+    script: list[tuple[object, ...]], num_blocks: int, max_num_seqs: int, budget: int, caching: bool
+) -> None:
+    harness = Harness(num_blocks, 50, max_num_seqs, budget, caching)
+    for action in script:
+        match action:
+            case ("add", list(prompt), int(max_tokens), str(scope), int(stop)):
+                harness.add(prompt, max_tokens, scope, (stop,))
+            case ("abort", int(index)):
+                harness.abort(f"r{index}")
+            case ("step", int(count)):
+                for _ in range(count):
+                    harness.step()
+    harness.run(limit=5_000)
+    harness.check_clean()

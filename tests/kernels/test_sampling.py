@@ -1,0 +1,158 @@
+"""The sampler: penalties by hand, and draws against the exact distribution."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from toptwo.messages import Row, SamplingParams
+from toptwo.runtime.batch import SlotTable
+from toptwo.runtime.sampler import draw_uniform, sample_rows
+from toptwo_kernels import reference
+
+VOCAB = 12
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, 1.5, -1.0, 0.25, -2.0, 0.75, 1.25, -3.0])
+DRAWS = 20_000
+
+
+def sample(
+    params: list[SamplingParams], logits: torch.Tensor = LOGITS, tokens: tuple[int, ...] = (3,)
+) -> list[int]:
+    """One next token per entry of `params`; the context is `tokens`, of which the first is the prompt."""
+    table = SlotTable(len(params), 16, 4)
+    table.tokens[:, : len(tokens)] = tokens
+    table.num_prompt_tokens = [1] * len(params)
+    table.sampling = params
+    rows = [Row(slot, 0, len(tokens), [], True) for slot in range(len(params))]
+    return sample_rows(logits.expand(len(params), -1), rows, table, reference)
+
+
+def exact(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[float]:
+    """The distribution that sampling must have, from its definition, in plain Python."""
+    weights = [math.exp(logit / temperature) for logit in LOGITS.tolist()]
+    probs = {i: w / sum(weights) for i, w in enumerate(weights)}
+    ranked = sorted(probs, key=lambda i: (-probs[i], i))
+    if top_k:
+        ranked = ranked[:top_k]
+        mass = sum(probs[i] for i in ranked)
+        probs = {i: probs[i] / mass for i in ranked}
+    kept, mass = [], 0.0
+    for i in ranked:
+        if mass >= top_p:
+            break
+        kept.append(i)
+        mass += probs[i]
+    kept = [i for i in kept if probs[i] >= min_p * probs[ranked[0]]]
+    total = sum(probs[i] for i in kept)
+    return [probs[i] / total if i in kept else 0.0 for i in range(VOCAB)]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.5},
+        {"temperature": 1.7},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 0.7, "top_p": 0.5},
+        {"temperature": 1.0, "top_k": 4},
+        {"temperature": 1.0, "min_p": 0.2},
+        {"temperature": 1.3, "top_k": 8, "top_p": 0.8, "min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_draws_follow_the_exact_distribution(setting: dict[str, float]) -> None:
+    expected = np.array(exact(**setting)) * DRAWS  # type: ignore[arg-type]
+    drawn = sample([SamplingParams(seed=seed, **setting) for seed in range(DRAWS)])  # type: ignore[arg-type]
+    counts = np.bincount(drawn, minlength=VOCAB)
+    assert counts[expected == 0].sum() == 0, "a token outside the kept set was drawn"
+    kept = expected > 0
+    # Fixed seeds, so this cannot flicker; a wrong sampler gives p-values like 1e-50.
+    assert stats.chisquare(counts[kept], expected[kept]).pvalue > 1e-3
+
+
+def test_positions_of_one_seed_are_independent_uniforms() -> None:
+    draws = [draw_uniform(42, position) for position in range(20_000)]
+    assert stats.kstest(draws, "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.02
+
+
+def test_a_draw_is_a_function_of_seed_and_position_alone() -> None:
+    params = SamplingParams(seed=9, temperature=1.0)
+    (alone,) = sample([params])
+    company = [SamplingParams(seed=i, temperature=1.0, top_p=0.8) for i in range(7)]
+    assert sample([*company, params])[-1] == alone
+    assert draw_uniform(-1, 3) == draw_uniform(2**64 - 1, 3)  # any int64 is a seed
+
+
+def test_temperature_zero_takes_the_best_and_the_lowest_id_among_equals() -> None:
+    assert sample([SamplingParams(seed=0, temperature=0.0)]) == [0]
+    flat = torch.zeros(VOCAB)
+    flat[[4, 7]] = 1.0
+    assert sample([SamplingParams(seed=0, temperature=0.0)], flat) == [4]
+
+
+def test_tiny_top_p_and_top_k_one_are_greedy() -> None:
+    for setting in ({"top_p": 1e-9}, {"top_k": 1}, {"min_p": 1.0}):
+        params = [SamplingParams(seed=s, temperature=2.0, **setting) for s in range(50)]  # type: ignore[arg-type]
+        assert set(sample(params)) == {0}
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2**-53])
+def test_a_token_without_probability_is_never_drawn(uniform: float) -> None:
+    from toptwo_kernels.reference.sampling import _invert
+
+    weights = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0, 0.0])
+    assert int(_invert(weights, torch.tensor(uniform, dtype=torch.float64))) in (1, 3)
+
+
+def penalized(tokens: tuple[int, ...], **penalties: float) -> torch.Tensor:
+    """The logits that the sampler sees after penalties."""
+    from toptwo_kernels.reference import sampling
+
+    seen: list[torch.Tensor] = []
+    original, sampling._penalize = sampling._penalize, lambda *a: seen.append(original(*a)) or seen[0]
+    try:
+        sample([SamplingParams(seed=0, temperature=0.0, **penalties)], tokens=tokens)  # type: ignore[arg-type]
+    finally:
+        sampling._penalize = original
+    return seen[0][0]
+
+
+def test_presence_penalty_counts_generated_tokens_once() -> None:
+    got = penalized((3, 5, 5, 0), presence_penalty=0.75)
+    expected = LOGITS.clone()
+    expected[[5, 0]] -= 0.75  # token 3 is the prompt
+    torch.testing.assert_close(got, expected)
+
+
+def test_frequency_penalty_counts_every_occurrence() -> None:
+    got = penalized((3, 5, 5, 0), frequency_penalty=0.5, presence_penalty=0.25)
+    expected = LOGITS.clone()
+    expected[5] -= 1.0 + 0.25
+    expected[0] -= 0.5 + 0.25
+    torch.testing.assert_close(got, expected)
+
+
+def test_negative_penalties_encourage() -> None:
+    got = penalized((3, 8), presence_penalty=-1.5)
+    assert got[8] == LOGITS[8] + 1.5
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_all_tokens() -> None:
+    got = penalized((6, 5, 5, 0), repetition_penalty=2.0)
+    expected = LOGITS.clone()
+    expected[6], expected[5], expected[0] = -2.0, 0.75, 1.0
+    torch.testing.assert_close(got, expected)
+
+
+def test_penalties_of_one_row_leave_the_others_alone() -> None:
+    params = [
+        SamplingParams(seed=0, temperature=0.0),
+        SamplingParams(seed=0, temperature=0.0, presence_penalty=2.0),
+    ]
+    assert sample(params, tokens=(3, 0)) == [0, 5]

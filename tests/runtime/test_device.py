@@ -1,0 +1,74 @@
+"""How `auto` settings become a frozen config, and what is refused on the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from toptwo.errors import StartupError
+from toptwo.models.mixtral import MixtralConfig, read_config
+from toptwo.runtime.device import GIB, available_memory, resolve
+from toptwo.runtime.kv_cache import kv_bytes_per_token
+from toptwo.settings import Settings
+
+MIXTRAL: MixtralConfig = read_config(
+    {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+    }
+)
+
+
+def test_kv_bytes_per_token() -> None:
+    assert kv_bytes_per_token(MIXTRAL, torch.bfloat16) == 128 * 1024
+
+
+def test_defaults_take_the_whole_context_and_a_share_of_memory() -> None:
+    config = resolve(Settings(), MIXTRAL, weight_bytes=20 * GIB, memory=120 * GIB)
+    assert (config.device, config.dtype, config.quantization) == ("cpu", torch.float32, "none")
+    assert config.max_model_len == 32768
+    assert config.kv_cache_bytes == pytest.approx(40 * GIB, rel=1e-3)
+    assert config.num_threads >= 1
+
+
+def test_no_more_blocks_than_all_sequences_can_use() -> None:
+    settings = Settings(max_num_seqs=2, max_model_len=1000)
+    config = resolve(settings, MIXTRAL, weight_bytes=0, memory=1000 * GIB)
+    assert config.num_blocks == 2 * 63
+
+
+def test_an_automatic_context_shrinks_to_what_fits() -> None:
+    config = resolve(Settings(kv_cache_gib=1.0), MIXTRAL, weight_bytes=0, memory=100 * GIB)
+    assert config.max_model_len == 4096  # 256 KiB per token in float32
+    assert config.num_blocks == 256
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"device": "cuda"}, "--device cuda"),
+        ({"quantization": "int8"}, "--quantization int8"),
+        ({"quantization": "int4"}, "--quantization int4"),
+        ({"max_step_tokens": 32, "max_num_seqs": 33}, "--max-step-tokens 32 must be at least"),
+        ({"max_model_len": 40000}, "--max-model-len 40000 is over the model's 32768"),
+        ({"max_model_len": 8192, "kv_cache_gib": 1.0}, "needs 2.00 GiB and 1.00 GiB"),
+        ({"kv_cache_gib": 1e-6}, "raise --kv-cache-gib"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(StartupError, match=words):
+        resolve(Settings(**settings), MIXTRAL, weight_bytes=0, memory=100 * GIB)  # type: ignore[arg-type]
+
+
+def test_weights_larger_than_memory_are_refused_before_loading() -> None:
+    with pytest.raises(StartupError, match=r"the weights need 174\.0 GiB as torch.float32 and 21\.0 GiB"):
+        resolve(Settings(), MIXTRAL, weight_bytes=174 * GIB, memory=21 * GIB)
+
+
+def test_memory_of_this_machine_is_known() -> None:
+    assert GIB // 4 < available_memory() < 1 << 50
