@@ -129,8 +129,12 @@ def test_the_sandbox_holds(source: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_underscored_names_of_a_namespace_stay_hidden() -> None:
-    template = ChatTemplate("{% set ns = namespace(a=1) %}{% set ns.__call__ = 5 %}{{ ns.__call__ }}", {})
+@pytest.mark.parametrize(
+    "source",
+    ["{% set ns = namespace(a=1) %}{% set ns.__call__ = 5 %}", "{% set ns = namespace({'__call__': 5}) %}"],
+)
+def test_a_namespace_holds_no_underscored_names(source: str) -> None:
+    template = ChatTemplate(source, {})
     with pytest.raises(ApiError):
         template.render([USER])
 

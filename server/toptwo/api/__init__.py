@@ -1,0 +1,1 @@
+"""The HTTP side: OpenAI's contract. Turns requests into token ids and token ids into answers."""

@@ -1,0 +1,112 @@
+"""Every error in OpenAI's envelope, and the headers that every answer carries.
+
+Knows errors and ASGI; must not know routes or what they do.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from http import HTTPStatus
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from toptwo.api.security import Authenticator
+from toptwo.api.sse import internal_error
+from toptwo.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+_SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_CLIENT_LEFT = 499  # nobody reads it; it is the custom in access logs
+
+
+def install_error_handlers(app: FastAPI, authenticate: Authenticator) -> None:
+    """Answer errors in the envelope.
+
+    Paths and methods that do not exist ask for a key too: without one a caller learns nothing, and a
+    route that somebody forgets to protect can at most be found by those who have one.
+    """
+
+    @app.exception_handler(ApiError)
+    async def on_api_error(request: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        try:
+            await authenticate(request)
+        except ApiError as refusal:
+            return error_response(refusal)
+        return error_response(
+            ApiError(
+                HTTPStatus(error.status_code).phrase + ".",
+                status=error.status_code,
+                headers=dict(error.headers or {}),
+            )
+        )
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid_request(request: Request, error: RequestValidationError) -> Response:
+        return error_response(ApiError("The request is not valid.", code="invalid_value"))
+
+    @app.exception_handler(ClientDisconnect)
+    async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=_CLIENT_LEFT)
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """The error as an HTTP answer."""
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+class RequestEnvelope:
+    """ASGI middleware: names and times each request, and turns what nobody handled into a plain 500.
+
+    Response headers: x-request-id (the caller's, when it is a sane one) and openai-processing-ms (until
+    the answer began).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        began = time.perf_counter()
+        answered = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal answered
+            if message["type"] == "http.response.start":
+                answered = True
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["openai-processing-ms"] = str(int((time.perf_counter() - began) * 1000))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception:
+            if answered:  # the server then cuts the connection, so that half an answer looks like half
+                raise
+            logger.exception("request %s failed", request_id)
+            await error_response(internal_error())(scope, receive, send_with_headers)
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
+            return str(value.decode("ascii"))
+    return f"req_{uuid.uuid4().hex}"

@@ -1,0 +1,101 @@
+"""Server-sent events: an answer's pieces as `data:` lines, kept alive, bounded, and always closed.
+
+Knows the event stream's format and when a stream is torn down; must not know how pieces come about.
+
+The headers leave as soon as the request is accepted, not with the first token: a long prefill must not
+look like a dead server, and everything that can be refused has been refused by then. What fails later
+is reported in the stream, as an error event and [DONE].
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+
+import orjson
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import AppStatus, SendTimeoutError
+from starlette.types import Receive, Scope, Send
+
+from toptwo.api.completion import ChunkWriter
+from toptwo.api.generation import Delta
+from toptwo.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+PING_SECONDS = 15.0
+SEND_SECONDS = 60.0  # a client that reads nothing for so long is given up
+DONE = b"data: [DONE]\n\n"
+
+# By default the library cuts every live stream when the server is told to stop. Ours end by
+# themselves, within the drain time that the server grants.
+AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
+
+
+class EventStream(EventSourceResponse):
+    """A response that sends ready-made events, with comments while there is nothing to send."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str],
+        *,
+        ping_seconds: float = PING_SECONDS,
+        send_seconds: float = SEND_SECONDS,
+    ) -> None:
+        super().__init__(
+            events,
+            headers=headers,
+            media_type="text/event-stream",
+            ping=ping_seconds,
+            # Keep-alives must be comments: clients try to parse the data of any event.
+            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
+            sep="\n",
+            send_timeout=send_seconds,
+        )
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream; however it ends, the events' generator is closed."""
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            logger.warning("a client stopped reading its stream; the connection is given up")
+        finally:
+            await self._events.aclose()
+
+
+async def chat_events(
+    deltas: AsyncGenerator[Delta, None], writer: ChunkWriter, *, include_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    """The events of one streamed completion. Failures become an error event; [DONE] is always last."""
+    try:
+        async with aclosing(deltas):
+            opened = False
+            async for delta in deltas:
+                # Not earlier: the first chunk tells a client that the model has begun to answer.
+                if not opened:
+                    yield _data(writer.opening())
+                    opened = True
+                if delta.text:
+                    yield _data(writer.text(delta.text))
+                if delta.finish_reason is not None:
+                    yield _data(writer.closing(delta.finish_reason))
+                if delta.usage is not None and include_usage:
+                    yield _data(writer.usage(delta.usage))
+    except ApiError as error:
+        yield _data(orjson.dumps(error.body()))
+    except Exception:
+        logger.exception("a stream failed")
+        yield _data(orjson.dumps(internal_error().body()))
+    yield DONE
+
+
+def internal_error() -> ApiError:
+    """What a caller is told about a fault of ours: nothing but that it is ours."""
+    return ApiError("The server had an error while processing your request.", status=500, kind="server_error")
+
+
+def _data(payload: bytes) -> bytes:
+    return b"data: " + payload + b"\n\n"

@@ -1,0 +1,53 @@
+"""Puts the HTTP application together from parts that are handed in.
+
+A pure factory: no globals, no files, no environment, no running loop. Knows the rooms of the API; must
+not know processes, sockets or how the engine is started.
+"""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from toptwo.api.handlers import RequestEnvelope, install_error_handlers
+from toptwo.api.health import Lifecycle, health_router
+from toptwo.api.openai import OpenAIEndpoints, openai_router
+from toptwo.api.security import Authenticator, KeyRing
+from toptwo.engine.client import Engine
+from toptwo.settings import Settings
+from toptwo.text.model import ServedModel
+
+# Ready-made client configurations use any of these.
+OPENAI_PREFIXES = ("/v3/openai", "/openai/v1", "/v1")
+
+
+def create_app(
+    settings: Settings,
+    engine: Engine,
+    model: ServedModel,
+    *,
+    keys: KeyRing | None = None,
+    lifecycle: Lifecycle | None = None,
+) -> FastAPI:
+    """The application that serves `model` from `engine`.
+
+    keys: who may call; by default the keys of the settings. With no key at all nobody may.
+    lifecycle: its `draining` may be set at any time; then new requests get a 503.
+    """
+    lifecycle = lifecycle or Lifecycle()
+    authenticate = Authenticator(keys or KeyRing.from_keys(settings.api_key))
+    app = FastAPI(
+        title="toptwo",
+        # The documentation pages describe every route to anybody who asks.
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        # A redirect would be an answer given before the key is looked at.
+        redirect_slashes=False,
+    )
+    endpoints = OpenAIEndpoints(engine, model, lifecycle)
+    for prefix in OPENAI_PREFIXES:
+        app.include_router(openai_router(endpoints, authenticate), prefix=prefix)
+    app.include_router(health_router(engine, lifecycle))
+    install_error_handlers(app, authenticate)
+    app.add_middleware(RequestEnvelope)
+    return app
