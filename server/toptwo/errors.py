@@ -38,6 +38,4 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """OpenAI's envelope: {"error": {"message", "type", "param", "code"}}."""
-        return {
-            "error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}

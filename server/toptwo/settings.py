@@ -62,6 +62,9 @@ class Settings(BaseSettings):
     default_model_wheel: Path | None = Field(
         None, description="Local copy of the default model's wheel, for machines without a registry."
     )
+    drain_timeout: int = Field(
+        60, ge=0, le=3600, description="Seconds that open requests may take to end after SIGTERM or Ctrl-C."
+    )
     log_level: LogLevel = Field("info", description="Least severe messages that are logged.")
 
     @field_validator("api_key", mode="before")
