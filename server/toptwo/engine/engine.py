@@ -73,8 +73,7 @@ class Engine:
             case GenerateRequest():
                 self._add(client, message)
             case AbortRequest():
-                event = self._scheduler.abort(message.request_id)
-                self._send([event] if event else [])
+                self._abort(message.request_id)
 
     def _add(self, client: bytes, request: GenerateRequest) -> None:
         refusal = self._scheduler.add(request)
@@ -83,6 +82,12 @@ class Engine:
         else:
             log.warning("request refused", request_id=request.request_id, reason=refusal.error)
             self._socket.send(client, TokenEvents([refusal]))
+
+    def _abort(self, request_id: str) -> None:
+        event = self._scheduler.abort(request_id)
+        if event:
+            log.info("request aborted", request_id=request_id, free_blocks=self._scheduler.blocks.num_free)
+            self._send([event])
 
     def _send(self, events: list[TokenEvent]) -> None:
         """One message per client with all of its events."""

@@ -1,4 +1,4 @@
-"""The inside of an engine process: private, deaf to Ctrl-C, and gone when its parent is gone."""
+"""The inside of an engine process: private, deaf to signals meant for its parent, gone with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def bind_to_parent() -> None:
 
     On Linux the kernel is asked as well, for a parent killed while this process is stuck in native code.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent drains on Ctrl-C and ends this process
+    # Ctrl-C and service managers signal the whole group. The parent then drains, which needs this
+    # process alive, and ends it afterwards by closing the pipe.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_exit_at_end_of_input, name="parent-watch", daemon=True).start()

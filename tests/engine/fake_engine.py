@@ -1,0 +1,70 @@
+"""A real engine process around the fake runner: `python fake_engine.py [mode] SOCKET`.
+
+Modes: serve; slow (50 ms per step); crash-on-start; crash-in-step.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from fake_runner import CheckingRunner
+from toptwo.engine import process
+from toptwo.engine.blocks import BlockPool
+from toptwo.engine.engine import Engine
+from toptwo.engine.scheduler import Scheduler, SchedulerLimits
+from toptwo.engine.transport import EngineSocket
+from toptwo.messages import EngineInfo, StepPlan, StepResult
+
+INFO = EngineInfo(
+    architecture="fake",
+    device="cpu",
+    dtype="float32",
+    quantization="none",
+    backend="fake",
+    num_threads=1,
+    max_model_len=1024,
+    max_num_seqs=8,
+    max_step_tokens=64,
+    block_size=4,
+    num_blocks=512,
+    prefix_caching=True,
+    num_parameters=0,
+    weight_bytes=0,
+    kv_cache_bytes=0,
+    load_seconds=0.0,
+)
+
+
+class ModalRunner(CheckingRunner):
+    """A checking runner that can be slow, or fail in its fifth step."""
+
+    mode = "serve"
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if self.mode == "slow":
+            time.sleep(0.05)
+        if self.mode == "crash-in-step" and self.steps == 5:
+            raise RuntimeError("the fifth step")
+        return super().execute(plan)
+
+
+def create_engine(path: Path, mode: str = "serve") -> Engine:
+    """An engine bound to `path`, with a fake model behind it."""
+    scheduler = Scheduler(
+        SchedulerLimits(INFO.max_model_len, INFO.max_num_seqs, INFO.max_step_tokens),
+        BlockPool(INFO.num_blocks, INFO.block_size),
+    )
+    runner = ModalRunner(INFO.max_num_seqs, INFO.num_blocks, INFO.block_size, INFO.max_step_tokens)
+    runner.mode = mode
+    return Engine(scheduler, runner, EngineSocket(path), INFO)
+
+
+if __name__ == "__main__":
+    mode, path = sys.argv[1:]
+    if mode == "crash-on-start":
+        sys.exit("cannot start")
+    assert process.read_config() == b"the configuration\n"
+    process.bind_to_parent()
+    create_engine(Path(path), mode).run()

@@ -1,0 +1,182 @@
+"""Waist 1 for real: client and supervisor against engine processes with a fake model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import stat
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import zmq
+from structlog.testing import capture_logs
+
+from fake_runner import generate
+from toptwo.engine.supervisor import RestartPolicy, Supervisor
+from toptwo.engine.transport import EngineSocket
+from toptwo.errors import EngineDeadError, StartupError
+from toptwo.messages import GenerateRequest, SamplingParams, TokenEvent
+
+PATIENT = RestartPolicy(max_crashes=3, window=60)
+FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
+
+
+def request(name: str, prompt: list[int], max_tokens: int = 5) -> GenerateRequest:
+    return GenerateRequest(name, prompt, SamplingParams(seed=0), max_tokens)
+
+
+@contextlib.asynccontextmanager
+async def supervised(
+    run_dir: Path, mode: str = "serve", policy: RestartPolicy = PATIENT
+) -> AsyncIterator[tuple[Supervisor, asyncio.Task[None]]]:
+    """A supervisor with a fake engine, stopped at the end."""
+    environment = "import sys; sys.path.insert(0, sys.argv.pop(1)); import runpy; sys.argv.pop(0); "
+    command = [sys.executable, "-c", environment + "runpy.run_path(sys.argv[0], run_name='__main__')"]
+    command += [str(FAKE_ENGINE.parent.parent), str(FAKE_ENGINE), mode]
+    supervisor = Supervisor(command, b"the configuration", run_dir, policy)
+    running = asyncio.create_task(supervisor.run())
+    try:
+        yield supervisor, running
+    finally:
+        await supervisor.stop()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def collect(supervisor: Supervisor, wanted: GenerateRequest) -> list[TokenEvent]:
+    return [event async for event in supervisor.client.generate(wanted)]
+
+
+async def test_requests_are_answered_side_by_side(tmp_path: Path) -> None:
+    async with supervised(tmp_path) as (supervisor, _):
+        await supervisor.client.ready.wait()
+        wanted = [request(f"r{i}", [i, 1, 2], 20) for i in range(20)]
+        answers = await asyncio.gather(*(collect(supervisor, one) for one in wanted))
+        for one, events in zip(wanted, answers, strict=True):
+            got = [token for event in events for token in event.token_ids]
+            assert got == generate(one.prompt_ids, 20)
+            assert [event.finish_reason for event in events[:-1]] == [None] * (len(events) - 1)
+            assert events[-1].finish_reason == "length"
+        assert supervisor.client.num_open == 0
+
+
+async def test_closing_the_generator_aborts_and_frees(tmp_path: Path) -> None:
+    async with supervised(tmp_path, "slow") as (supervisor, _):
+        await supervisor.client.ready.wait()
+        # More than the engine can run at once, so that the last one waits for an abort to work.
+        streams = [supervisor.client.generate(request(f"r{i}", [i], 1000)) for i in range(8)]
+        for stream in streams:
+            await anext(stream)
+        waiting = asyncio.create_task(collect(supervisor, request("last", [9], 2)))
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+        await streams[0].aclose()
+        async with asyncio.timeout(2):
+            assert (await waiting)[-1].finish_reason == "length"
+        for stream in streams[1:]:
+            await stream.aclose()
+
+
+async def test_a_refused_request_gets_its_one_terminal_event(tmp_path: Path) -> None:
+    async with supervised(tmp_path) as (supervisor, _):
+        await supervisor.client.ready.wait()
+        events = await collect(supervisor, request("r", [1] * 2000))
+        assert [event.finish_reason for event in events] == ["error"]
+        assert "over the context of 1024" in (events[0].error or "")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, "crash-in-step"])
+async def test_engine_death_ends_every_stream_and_the_engine_comes_back(
+    tmp_path: Path, how: signal.Signals | str
+) -> None:
+    mode = how if isinstance(how, str) else "slow"
+    async with supervised(tmp_path, mode) as (supervisor, _):
+        await supervisor.client.ready.wait()
+        first = supervisor.pid
+        answers = [asyncio.create_task(collect(supervisor, request(f"r{i}", [i], 900))) for i in range(12)]
+        await asyncio.sleep(0.2)
+        if not isinstance(how, str):
+            assert first is not None
+            os.kill(first, how)
+        async with asyncio.timeout(5):
+            for events in await asyncio.gather(*answers):
+                assert events[-1].finish_reason == "error"
+                assert events[-1].error
+                assert all(event.finish_reason is None for event in events[:-1])
+            while supervisor.pid in (first, None):
+                await asyncio.sleep(0.02)
+            await supervisor.client.ready.wait()
+            assert (await collect(supervisor, request("again", [1], 3)))[-1].finish_reason == "length"
+
+
+async def test_without_an_engine_requests_fail_at_once(tmp_path: Path) -> None:
+    async with supervised(tmp_path) as (supervisor, _):
+        assert supervisor.client.info is None
+        with pytest.raises(EngineDeadError):
+            await collect(supervisor, request("r", [1]))
+
+
+async def test_an_engine_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
+    async with supervised(tmp_path, policy=PATIENT) as (supervisor, running):
+        for _ in range(3):
+            await supervisor.client.ready.wait()
+            pid = supervisor.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            while supervisor.pid == pid and not running.done():
+                await asyncio.sleep(0.01)
+        with pytest.raises(StartupError, match="died 3 times within 60 s"):
+            await running
+
+
+async def test_an_engine_that_cannot_start_is_not_tried_again(tmp_path: Path) -> None:
+    async with supervised(tmp_path, "crash-on-start") as (_, running):
+        with pytest.raises(StartupError, match="could not start"):
+            await running
+
+
+async def test_stopping_ends_the_process(tmp_path: Path) -> None:
+    async with supervised(tmp_path) as (supervisor, running):
+        await supervisor.client.ready.wait()
+        pid = supervisor.pid
+        await supervisor.stop()
+        await running
+        assert pid is not None
+        assert not Path(f"/proc/{pid}").exists()
+        assert list(tmp_path.iterdir()) == []
+
+
+async def test_the_engine_outlives_signals_but_not_its_parent(tmp_path: Path) -> None:
+    async with supervised(tmp_path) as (supervisor, _):
+        await supervisor.client.ready.wait()
+        process = supervisor._process
+        assert process is not None
+        assert process.stdin is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process.send_signal(number)
+        assert (await collect(supervisor, request("r", [1])))[-1].finish_reason == "length"
+        supervisor._stopping = True
+        process.stdin.close()  # what the kernel does when the parent is killed
+        async with asyncio.timeout(5):
+            assert await process.wait() == 0
+
+
+def test_the_socket_is_private_and_drops_what_it_cannot_read(tmp_path: Path) -> None:
+    path = tmp_path / "engine.sock"
+    endpoint = EngineSocket(path)
+    stranger = zmq.Context.instance().socket(zmq.DEALER)
+    stranger.linger = 0
+    try:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        stranger.connect(f"ipc://{path}")
+        for frames in ([pickle.dumps(print)], [b""], [b"\x00" * 100], [b"a", b"b", b"c"]):
+            stranger.send_multipart(frames)
+            with capture_logs():
+                assert endpoint.receive(block=True) is None
+    finally:
+        stranger.close()
+        endpoint.close()
