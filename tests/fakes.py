@@ -25,6 +25,12 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>")
+KEY = "test-key"
+
+
+def chat(**fields: object) -> dict[str, object]:
+    """A valid chat completion request for `served_model()`, with the fields added."""
+    return {"model": "org/tiny-moe", "messages": [{"role": "user", "content": "hello"}], **fields}
 
 
 def engine_info(*, max_model_len: int = 2048) -> EngineInfo:
@@ -56,7 +62,7 @@ class Script:
     token_ids: generated one per event. finish: the terminal event's reason; None ends without one.
     pause: seconds before each event. error: sentence of a terminal "error".
     raises: raised at the first iteration, or, with `raises_after`, after so many tokens.
-    hang_after: generate so many tokens, then wait forever.
+    hang_after: generate so many tokens, then wait forever. burst: all events at once.
     """
 
     token_ids: Sequence[int] = ()
@@ -67,6 +73,7 @@ class Script:
     raises: Exception | None = None
     raises_after: int = 0
     hang_after: int | None = None
+    burst: bool = False
 
 
 @dataclass
@@ -99,7 +106,8 @@ class FakeEngine:
                     raise script.raises
                 if script.hang_after == count:
                     await asyncio.Event().wait()
-                await asyncio.sleep(script.pause)
+                if not script.burst:
+                    await asyncio.sleep(script.pause)
                 self.num_tokens += 1
                 last = count + 1 == len(script.token_ids) and script.finish not in (None, "error")
                 finished = last
@@ -188,7 +196,8 @@ def served_model(name: str = "org/tiny-moe") -> ServedModel:
 class AsgiCall:
     """One request to an ASGI app that the test ends when it likes, as a client that hangs up does.
 
-    status, headers and body fill as the app answers; `leave()` is the client's disconnect.
+    status, answer and answer_headers fill as the app answers; `leave()` is the client's disconnect.
+    The body is sent `repeat_body` times, in a chunk each; with `more_body` it never ends.
     """
 
     method: str
@@ -200,7 +209,9 @@ class AsgiCall:
     answer_headers: dict[str, str] = field(default_factory=dict)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     first_bytes: asyncio.Event = field(default_factory=asyncio.Event)
-    _body_sent: bool = False
+    more_body: bool = False
+    repeat_body: int = 1
+    num_received: int = 0
 
     @classmethod
     def post_json(cls, path: str, value: object, headers: Sequence[tuple[str, str]] = ()) -> AsgiCall:
@@ -232,9 +243,10 @@ class AsgiCall:
         await app(scope, self._receive, self._send)  # type: ignore[operator]
 
     async def _receive(self) -> dict[str, object]:
-        if not self._body_sent:
-            self._body_sent = True
-            return {"type": "http.request", "body": self.body, "more_body": False}
+        if self.num_received < self.repeat_body:
+            self.num_received += 1
+            more_body = self.more_body or self.num_received < self.repeat_body
+            return {"type": "http.request", "body": self.body, "more_body": more_body}
         await self.gone.wait()
         return {"type": "http.disconnect"}
 

@@ -39,3 +39,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, dict[str, str | None]]:
         """OpenAI's envelope: {"error": {"message", "type", "param", "code"}}."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def internal_error() -> ApiError:
+    """What a caller is told about a fault of ours: nothing but that it is ours."""
+    return ApiError("The server had an error while processing your request.", status=500, kind="server_error")

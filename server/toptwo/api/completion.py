@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import orjson
 
+from toptwo import __version__
 from toptwo.api.generation import Delta, Usage
 from toptwo.messages import EngineInfo
 
@@ -41,7 +42,7 @@ class CompletionHead:
 
 def fingerprint(model: str, info: EngineInfo) -> str:
     """A short name of everything but the request that decides which tokens a seed gives."""
-    parts = (model, info.architecture, info.device, info.dtype, info.quantization, info.backend)
+    parts = (__version__, model, info.architecture, info.device, info.dtype, info.quantization, info.backend)
     return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

@@ -111,12 +111,17 @@ async def generate(engine: Engine, model: ServedModel, job: GenerationJob) -> As
             text = stops.push(detokenizer.push(shown))
             if event.finish_reason is not None:
                 text += stops.push(detokenizer.flush()) + stops.flush()
-            reason = "stop" if stops.matched else _finish_reason(event)
-            if reason is not None:
-                yield Delta(text, reason, Usage(len(job.request.prompt_ids), num_tokens, num_cached))
+            ended = "stop" if stops.matched else event.finish_reason
+            if ended == "stop" or ended == "length":
+                yield Delta(text, ended, Usage(len(job.request.prompt_ids), num_tokens, num_cached))
                 return
             if text:
                 yield Delta(text)
+            if ended is not None:
+                raise _engine_failed(event.error)
+    except (asyncio.CancelledError, GeneratorExit):
+        logger.info("the client of %s left; the request is aborted", job.request.request_id)
+        raise
     finally:
         await feed.close()
 
@@ -192,15 +197,6 @@ def _join(events: list[TokenEvent]) -> TokenEvent:
         max(event.num_cached_tokens for event in events),
         last.error,
     )
-
-
-def _finish_reason(event: TokenEvent) -> Literal["stop", "length"] | None:
-    """OpenAI's word for the end of an answer. Raises ApiError (500) when it is no proper end."""
-    match event.finish_reason:
-        case None | "stop" | "length" as reason:
-            return reason
-        case _:
-            raise _engine_failed(event.error)
 
 
 def _engine_failed(sentence: str | None) -> ApiError:

@@ -20,8 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from toptwo.api.security import Authenticator
-from toptwo.api.sse import internal_error
-from toptwo.errors import ApiError
+from toptwo.errors import ApiError, internal_error
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ sse.
 
 from __future__ import annotations
 
-import logging
 import time
 import uuid
 from contextlib import aclosing
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 
 import anyio
 from fastapi import APIRouter, Depends
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from toptwo.api.body import read_body, run_while_connected
@@ -36,8 +35,6 @@ from toptwo.engine.client import Engine
 from toptwo.errors import ApiError
 from toptwo.messages import EngineInfo
 from toptwo.text.model import ServedModel
-
-logger = logging.getLogger(__name__)
 
 IGNORED_HEADER = "x-toptwo-ignored"
 _SMALL_BODY_BYTES = 64 * 1024
@@ -78,16 +75,12 @@ class OpenAIEndpoints:
         ticket = JobTicket(head.completion_id, cache_scope=request.state.key_id)
         preparing = prepare(chat, self.model, ticket, max_model_len=info.max_model_len, limiter=self.limiter)
         headers = {IGNORED_HEADER: ", ".join(parsed.ignored)} if parsed.ignored else {}
-        try:
-            job = await run_while_connected(request, preparing)
-            if chat.stream:
-                writer = ChunkWriter(head, include_usage=chat.include_usage)
-                deltas = generate(self.engine, self.model, job)
-                return EventStream(chat_events(deltas, writer, include_usage=chat.include_usage), headers)
-            text, last = await run_while_connected(request, self._collect(job))
-        except ClientDisconnect:
-            logger.info("the client of %s left; the request is aborted", head.completion_id)
-            raise
+        job = await run_while_connected(request, preparing)
+        if chat.stream:
+            writer = ChunkWriter(head, include_usage=chat.include_usage)
+            deltas = generate(self.engine, self.model, job)
+            return EventStream(chat_events(deltas, writer, include_usage=chat.include_usage), headers)
+        text, last = await run_while_connected(request, self._collect(job))
         return Response(completion(head, text, last), media_type="application/json", headers=headers)
 
     async def _parse(self, body: bytes) -> ParsedChat:

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from toptwo.api.completion import ChunkWriter
 from toptwo.api.generation import Delta
-from toptwo.errors import ApiError
+from toptwo.errors import ApiError, internal_error
 
 logger = logging.getLogger(__name__)
 
@@ -36,23 +36,16 @@ AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 class EventStream(EventSourceResponse):
     """A response that sends ready-made events, with comments while there is nothing to send."""
 
-    def __init__(
-        self,
-        events: AsyncGenerator[bytes, None],
-        headers: Mapping[str, str],
-        *,
-        ping_seconds: float = PING_SECONDS,
-        send_seconds: float = SEND_SECONDS,
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
         super().__init__(
             events,
             headers=headers,
             media_type="text/event-stream",
-            ping=ping_seconds,
+            ping=PING_SECONDS,
             # Keep-alives must be comments: clients try to parse the data of any event.
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
             sep="\n",
-            send_timeout=send_seconds,
+            send_timeout=SEND_SECONDS,
         )
         self._events = events
 
@@ -90,11 +83,6 @@ async def chat_events(
         logger.exception("a stream failed")
         yield _data(orjson.dumps(internal_error().body()))
     yield DONE
-
-
-def internal_error() -> ApiError:
-    """What a caller is told about a fault of ours: nothing but that it is ours."""
-    return ApiError("The server had an error while processing your request.", status=500, kind="server_error")
 
 
 def _data(payload: bytes) -> bytes:
