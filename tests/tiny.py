@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,24 @@ def forward_all(directory: Path, token_ids: list[int], dtype: str = "float32") -
         admitted = []
         logits.append(runner.compute_logits(plan)[0][0])
     return torch.stack(logits)
+
+
+def write_chat_mixtral(directory: Path, **overrides: Any) -> None:
+    """A tiny Mixtral that can be served: with a byte-level tokenizer and the ChatML template.
+
+    Its answers are noise that practically never ends by itself: the end token's logit is always 0.
+    """
+    from safetensors.torch import load_file, save_file
+
+    import fakes
+
+    tokenizer = fakes.byte_level_vocabulary()
+    start, end = (tokenizer.token_to_id(token) for token in fakes.CONTROL_TOKENS)
+    shape = {"vocab_size": tokenizer.get_vocab_size(), "bos_token_id": start, "eos_token_id": end}
+    write_mixtral(directory, max_position_embeddings=8192, **{**shape, **overrides})
+    tokenizer.save(str(directory / "tokenizer.json"))
+    words = {"chat_template": fakes.CHATML, "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(words))
+    weights = load_file(directory / "model.safetensors")
+    weights["lm_head.weight"][end] = 0.0
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})

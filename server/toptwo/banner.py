@@ -54,7 +54,9 @@ def print_key(console: Console, key: LocalKey | None, url: str, model: str) -> N
         _print(console, f"  {'key':<10}the one in {key.path}")
         bearer = f"$(cat {shlex.quote(str(key.path))})"
     question = {"role": "user", "content": "What is the capital of France?"}
-    body = json.dumps({"model": model, "messages": [question], "temperature": 0.2, "stream": True})
+    body = json.dumps(
+        {"model": model, "messages": [question], "temperature": 0.2, "max_tokens": 100, "stream": True}
+    )
     _print(
         console,
         f'\nTry it:\n\n  curl -N {url}/chat/completions -H "Authorization: Bearer {bearer}" '

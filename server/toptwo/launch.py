@@ -22,8 +22,8 @@ import uvloop
 from rich.console import Console
 from rich.progress import Progress
 
-from toptwo.api.security import KeyRing
 from toptwo.api.health import Lifecycle
+from toptwo.api.security import KeyRing
 from toptwo.app import create_app
 from toptwo.banner import print_banner, print_key
 from toptwo.engine.supervisor import Supervisor
