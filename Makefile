@@ -4,7 +4,8 @@
 #   make serve MODEL=path PORT=9000 ARGS="--threads 2"
 #   make test                        all tests
 #   make lint                        ruff and mypy
-#   make bench                       decode speed of a running server, 1 and 16 streams
+#   make bench                       decode speed over HTTP with 1 and 16 streams, and memory
+#   make bench-start                 seconds from a clone to the first token
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -20,7 +21,7 @@ HOST ?=
 PORT ?=
 ARGS ?=
 
-.PHONY: serve test lint format bench clean help
+.PHONY: serve test lint format bench bench-start clean help
 
 serve: $(VENV)/installed
 	@$(BIN)/toptwo serve $(MODEL) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -38,13 +39,16 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed-dev
-	$(BIN)/python tests/bench/decode.py $(ARGS)
+	$(BIN)/python tests/bench/serving.py $(ARGS)
+
+bench-start:
+	$(PYTHON) tests/bench/first_token.py
 
 clean:
 	rm -rf $(VENV) build
 
 help:
-	@sed -n '3,7s/^#  *//p' Makefile
+	@sed -n '3,8s/^#  *//p' Makefile
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "toptwo needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }

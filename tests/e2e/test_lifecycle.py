@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
+
 from server_process import ServerProcess
 
 Start = Callable[..., ServerProcess]
@@ -43,16 +44,13 @@ async def wait_for(condition: Callable[[], bool], timeout: float = 10.0) -> None
 async def test_leaving_frees_everything(server: ServerProcess, stream: bool, moment: str) -> None:
     """The engine logs every abort with the number of free blocks: afterwards all must be free."""
     text, patience = ("hello world " * 600, 0.15) if moment == "in the prompt" else ("hello", 1.0)
+    crowd = 70 if moment == "while queued" else 1  # 64 run at once
     aborts = server.err.count("request aborted")
-    async with httpx2.AsyncClient(base_url=server.url, headers=headers(server)) as client:
-        crowd = 70 if moment == "while queued" else 1  # 64 run at once
-        calls = [
-            asyncio.create_task(
-                client.post("/chat/completions", json=body(stream, 4000, text), timeout=patience)
-            )
-            for _ in range(crowd)
-        ]
-        for result in await asyncio.gather(*calls, return_exceptions=True):
+    async with httpx2.AsyncClient(base_url=server.url, headers=headers(server), timeout=60) as client:
+        wanted = body(stream, 8000 if moment != "in the prompt" else 100, text)
+        calls = [client.post("/chat/completions", json=wanted) for _ in range(crowd)]
+        leaving = [asyncio.wait_for(call, patience) for call in calls]
+        for result in await asyncio.gather(*leaving, return_exceptions=True):
             assert isinstance(result, TimeoutError), result
     await wait_for(lambda: server.err.count("request aborted") == aborts + crowd)
     last = json.loads([line for line in server.err.splitlines() if "request aborted" in line][-1])
