@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,17 @@ def write_mixtral(directory: Path, seed: int = 0, **overrides: Any) -> Any:
 
 
 def load_runner(
-    directory: Path, *, max_model_len: int | None = None, num_blocks: int = 64, dtype: str = "float32"
+    directory: Path,
+    *,
+    max_model_len: int | None = None,
+    num_blocks: int = 64,
+    dtype: str = "float32",
+    changes: Mapping[str, torch.Tensor] | None = None,
 ) -> Any:
-    """The checkpoint as a Runner with a KV pool of `num_blocks` blocks and 32 slots."""
+    """The checkpoint as a Runner with a KV pool of `num_blocks` blocks and 32 slots.
+
+    changes: weights to put in place of the loaded ones, by the architecture's own names.
+    """
     from toptwo.models.registry import read_config
     from toptwo.runtime.batch import SlotTable
     from toptwo.runtime.kv_cache import BLOCK_SIZE, allocate_kv_cache
@@ -54,16 +63,16 @@ def load_runner(
     with Checkpoint(directory) as checkpoint:
         ignored = architecture.ignored_tensors(config)
         weights = load_weights(checkpoint, architecture.weight_map(config), ignored, torch_dtype)
-    model = architecture.build(config, weights, max_len, ops)
+    model = architecture.build(config, weights | dict(changes or {}), max_len, ops)
     kv_cache = allocate_kv_cache(config, num_blocks, torch_dtype)
     return Runner(model, kv_cache, SlotTable(32, max_len, BLOCK_SIZE), ops)
 
 
-def forward_all(directory: Path, token_ids: list[int], dtype: str = "float32") -> torch.Tensor:
+def forward_all(directory: Path, token_ids: list[int], **options: Any) -> torch.Tensor:
     """Logits [T, V] after every token of one sequence, computed one token per step."""
     from toptwo.messages import NewSequence, Row, SamplingParams, StepPlan
 
-    runner = load_runner(directory, dtype=dtype)
+    runner = load_runner(directory, **options)
     blocks = list(range(0, 2 * (1 + len(token_ids) // 16), 2))[::-1]  # scattered, not in order
     admitted = [NewSequence(3, token_ids, len(token_ids), SamplingParams(seed=0), blocks)]
     logits = []

@@ -13,28 +13,19 @@ from toptwo.api.health import Lifecycle, health_router
 from toptwo.api.openai import OpenAIEndpoints, openai_router
 from toptwo.api.security import Authenticator, KeyRing
 from toptwo.engine.client import Engine
-from toptwo.settings import Settings
 from toptwo.text.model import ServedModel
 
 # Ready-made client configurations use any of these.
 OPENAI_PREFIXES = ("/v3/openai", "/openai/v1", "/v1")
 
 
-def create_app(
-    settings: Settings,
-    engine: Engine,
-    model: ServedModel,
-    *,
-    keys: KeyRing | None = None,
-    lifecycle: Lifecycle | None = None,
-) -> FastAPI:
+def create_app(engine: Engine, model: ServedModel, keys: KeyRing, lifecycle: Lifecycle) -> FastAPI:
     """The application that serves `model` from `engine`.
 
-    keys: who may call; by default the keys of the settings. With no key at all nobody may.
+    keys: who may call; with an empty ring nobody may.
     lifecycle: its `draining` may be set at any time; then new requests get a 503.
     """
-    lifecycle = lifecycle or Lifecycle()
-    authenticate = Authenticator(keys or KeyRing.from_keys(settings.api_key))
+    authenticate = Authenticator(keys)
     app = FastAPI(
         title="toptwo",
         # The documentation pages describe every route to anybody who asks.

@@ -115,7 +115,7 @@ class _Site:
         keys = [self.key.secret] if self.key else self.settings.api_key
         model = load_served_model(self.source.directory, self.source.name)
         ring = KeyRing.from_keys(keys)
-        app = create_app(self.settings, supervisor.client, model, keys=ring, lifecycle=lifecycle)
+        app = create_app(supervisor.client, model, ring, lifecycle)
         return _Server(
             uvicorn.Config(
                 app,

@@ -45,14 +45,17 @@ class Settings(BaseSettings):
     )
     quantization: Quantization = Field("auto", description="Weight format.")
     max_model_len: int | None = Field(
-        None, ge=1, description="Longest prompt plus output, in tokens; by default the model's context."
+        None,
+        ge=1,
+        le=1 << 24,
+        description="Longest prompt plus output, in tokens; by default the model's context.",
     )
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Most sequences that run in one step.")
     max_step_tokens: int = Field(
         512, ge=1, le=65536, description="Token budget of one step; longer prompts run in chunks."
     )
     kv_cache_gib: float | None = Field(
-        None, gt=0, description="Memory for the KV cache in GiB; by default sized to the machine."
+        None, gt=0, le=1 << 20, description="Memory for the KV cache in GiB; by default sized to the machine."
     )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of the model; by default one per core."

@@ -11,8 +11,8 @@ from fastapi import FastAPI
 
 from fakes import KEY, FakeEngine, Script, served_model
 from toptwo.api.health import Lifecycle
+from toptwo.api.security import KeyRing
 from toptwo.app import create_app
-from toptwo.settings import Settings
 from toptwo.text.model import ServedModel
 
 
@@ -34,7 +34,7 @@ def lifecycle() -> Lifecycle:
 
 @pytest.fixture
 def app(engine: FakeEngine, model: ServedModel, lifecycle: Lifecycle) -> FastAPI:
-    return create_app(Settings(api_key=(KEY,)), engine, model, lifecycle=lifecycle)
+    return create_app(engine, model, KeyRing.from_keys([KEY]), lifecycle)
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from fakes import KEY, AsgiCall, FakeEngine, chat, served_model
 from toptwo.api import security
+from toptwo.api.health import Lifecycle
 from toptwo.api.security import KeyRing
 from toptwo.app import create_app
-from toptwo.settings import Settings
 
 OPEN = {"/health/live", "/health/ready"}
 HOSTS = [
@@ -153,7 +153,7 @@ async def test_the_official_client_explains_a_wrong_key(app: FastAPI) -> None:
 
 
 async def test_without_any_key_nobody_is_admitted() -> None:
-    app = create_app(Settings(), FakeEngine(), served_model())
+    app = create_app(FakeEngine(), served_model(), KeyRing.from_keys([]), Lifecycle())
     for headers in ([], [("authorization", "Bearer ")], [("authorization", "Bearer None")]):
         call = AsgiCall("GET", "/v1/models", headers)
         await call.run(app)
@@ -161,7 +161,7 @@ async def test_without_any_key_nobody_is_admitted() -> None:
 
 
 async def test_each_key_has_its_own_cache_scope(engine: FakeEngine) -> None:
-    app = create_app(Settings(), engine, served_model(), keys=KeyRing.from_keys(["one", "two"]))
+    app = create_app(engine, served_model(), KeyRing.from_keys(["one", "two"]), Lifecycle())
     for key in ("one", "two", "one"):
         call = AsgiCall.post_json("/v1/chat/completions", chat(), [("authorization", f"Bearer {key}")])
         await call.run(app)

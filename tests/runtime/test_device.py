@@ -58,6 +58,7 @@ def test_an_automatic_context_shrinks_to_what_fits() -> None:
         ({"max_model_len": 40000}, "--max-model-len 40000 is over the model's 32768"),
         ({"max_model_len": 8192, "kv_cache_gib": 1.0}, "needs 2.00 GiB and 1.00 GiB"),
         ({"kv_cache_gib": 1e-6}, "raise --kv-cache-gib"),
+        ({"kv_cache_gib": 200}, "200.0 GiB would be used and 100.0 GiB are left"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(settings: dict[str, object], words: str) -> None:

@@ -116,5 +116,5 @@ def test_headers_that_lie_about_sizes_are_refused(
     body = struct.pack("<Q", len(data)) + data + bytes(32)
     body = body + bytes(extra_bytes) if extra_bytes > 0 else body[: len(body) + extra_bytes]
     (tmp_path / "model.safetensors").write_bytes(body)
-    with pytest.raises(StartupError, match="safetensors|has shape|only F32"):
+    with pytest.raises(StartupError, match=r"safetensors|has shape|only F32"):
         load(tmp_path, whole("a", (4,)), whole("b", (2, 2)))

@@ -7,7 +7,6 @@ written. Whoever closes or cancels `generate` aborts the request in the engine.
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import anyio
+import structlog
 
 from toptwo.api.schemas import ChatCompletionRequest
 from toptwo.engine.client import Engine
@@ -25,7 +25,7 @@ from toptwo.text.model import ServedModel
 from toptwo.text.stops import StopMatcher
 from toptwo.text.template import Message
 
-logger = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 RETRY_AFTER_SECONDS = 5  # about what an engine needs to be restarted
 _CLOSE_SECONDS = 5.0
@@ -120,7 +120,7 @@ async def generate(engine: Engine, model: ServedModel, job: GenerationJob) -> As
             if ended is not None:
                 raise _engine_failed(event.error)
     except (asyncio.CancelledError, GeneratorExit):
-        logger.info("the client of %s left; the request is aborted", job.request.request_id)
+        log.info("client left", request_id=job.request.request_id, generated_tokens=num_tokens)
         raise
     finally:
         await feed.close()
@@ -169,7 +169,7 @@ class _EventFeed:
         with anyio.move_on_after(_CLOSE_SECONDS, shield=True) as scope:
             await asyncio.wait({self._task})
         if scope.cancelled_caught:
-            logger.error("request %s could not be closed in the engine", self._request.request_id)
+            log.error("request could not be closed in the engine", request_id=self._request.request_id)
 
     async def _read(self, engine: Engine) -> None:
         failure = _engine_failed(None)
@@ -181,7 +181,7 @@ class _EventFeed:
         except EngineDeadError:
             failure = engine_unavailable()
         except Exception:
-            logger.exception("request %s failed in the engine", self._request.request_id)
+            log.exception("request failed in the engine", request_id=self._request.request_id)
         self._failure = failure  # or the end of the events; nobody asks behind the terminal one
         self._arrival.set()
 

@@ -5,12 +5,12 @@ Knows errors and ASGI; must not know routes or what they do.
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 import uuid
 from http import HTTPStatus
 
+import structlog
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import MutableHeaders
@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from toptwo.api.security import Authenticator
 from toptwo.errors import ApiError, internal_error
 
-logger = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _CLIENT_LEFT = 499  # nobody reads it; it is the custom in access logs
@@ -100,7 +100,7 @@ class RequestEnvelope:
         except Exception:
             if answered:  # the server then cuts the connection, so that half an answer looks like half
                 raise
-            logger.exception("request %s failed", request_id)
+            log.exception("request failed", request_id=request_id)
             await error_response(internal_error())(scope, receive, send_with_headers)
 
 

@@ -9,11 +9,11 @@ is reported in the stream, as an error event and [DONE].
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
 import orjson
+import structlog
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus, SendTimeoutError
 from starlette.types import Receive, Scope, Send
@@ -22,7 +22,7 @@ from toptwo.api.completion import ChunkWriter
 from toptwo.api.generation import Delta
 from toptwo.errors import ApiError, internal_error
 
-logger = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 PING_SECONDS = 15.0
 SEND_SECONDS = 60.0  # a client that reads nothing for so long is given up
@@ -54,7 +54,7 @@ class EventStream(EventSourceResponse):
         try:
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
-            logger.warning("a client stopped reading its stream; the connection is given up")
+            log.warning("client stopped reading its stream; the connection is given up")
         finally:
             await self._events.aclose()
 
@@ -80,7 +80,7 @@ async def chat_events(
     except ApiError as error:
         yield _data(orjson.dumps(error.body()))
     except Exception:
-        logger.exception("a stream failed")
+        log.exception("stream failed")
         yield _data(orjson.dumps(internal_error().body()))
     yield DONE
 

@@ -98,6 +98,11 @@ def _plan_memory(settings: Settings, model: ModelConfig, dtype: torch.dtype, mem
     else:
         budget = int(memory * KV_MEMORY_SHARE)
     num_blocks = min(budget // block_bytes, settings.max_num_seqs * _blocks(wanted))
+    if num_blocks * block_bytes > memory:
+        raise StartupError(
+            f"--kv-cache-gib {settings.kv_cache_gib:g}: {num_blocks * block_bytes / GIB:.1f} GiB would be "
+            f"used and {memory / GIB:.1f} GiB are left beside the weights"
+        )
     if num_blocks >= _blocks(wanted):
         return wanted, num_blocks
     if settings.max_model_len is None and num_blocks > 0:

@@ -1,0 +1,42 @@
+"""Logs are one line per event, whatever is in it, and never show local variables."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+PROGRAM = r"""
+import structlog
+from toptwo.telemetry.logs import configure_logging
+configure_logging("info")
+log = structlog.get_logger()
+log.info("model\nforged", name="a\r\n{\"level\": \"error\"}\x1b[31m")
+log.debug("too quiet")
+try:
+    secret = "sk-" + "x" * 20
+    raise ValueError("on purpose")
+except ValueError:
+    log.exception("failed")
+"""
+
+
+def test_json_lines_cannot_be_forged() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["event"] for line in lines] == ["model\nforged", "failed"]
+    assert "\x1b" not in done.stderr
+    assert "ValueError: on purpose" in lines[1]["exception"]
+    assert "xxxxxxxx" not in done.stderr
+
+
+def test_a_terminal_shows_no_local_variables() -> None:
+    ours, theirs = pty.openpty()
+    subprocess.run([sys.executable, "-c", PROGRAM], stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert "on purpose" in shown
+    assert "xxxxxxxx" not in shown

@@ -1,0 +1,135 @@
+"""Settings: every one on the command line and in the environment, and every mistake named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from toptwo import __version__, cli, launch
+from toptwo.errors import StartupError
+from toptwo.settings import ENV_PREFIX, Settings, flag_of, load_settings
+
+EXAMPLES: dict[str, tuple[str, object]] = {
+    "model": ("some/model", "some/model"),
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("9000", 9000),
+    "api_key": ("a-key", ("a-key",)),
+    "served_model_name": ("name", "name"),
+    "device": ("cpu", "cpu"),
+    "dtype": ("bfloat16", "bfloat16"),
+    "quantization": ("int8", "int8"),
+    "max_model_len": ("100", 100),
+    "max_num_seqs": ("7", 7),
+    "max_step_tokens": ("99", 99),
+    "kv_cache_gib": ("1.5", 1.5),
+    "threads": ("3", 3),
+    "no_prefix_caching": ("true", True),
+    "cache_dir": ("/tmp/x", Path("/tmp/x")),
+    "default_model_wheel": ("/tmp/w.whl", Path("/tmp/w.whl")),
+    "drain_timeout": ("5", 5),
+    "log_level": ("debug", "debug"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(ENV_PREFIX + name.upper(), raising=False)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, dict[str, str]]]:
+    """What `toptwo serve` would have started with."""
+    calls: list[tuple[Settings, dict[str, str]]] = []
+    monkeypatch.setattr(launch, "serve", lambda settings, sources, console: calls.append((settings, sources)))
+    return calls
+
+
+def test_there_is_an_example_of_every_setting() -> None:
+    assert set(EXAMPLES) == set(Settings.model_fields)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_setting_from_the_command_line(name: str, served: list[tuple[Settings, dict[str, str]]]) -> None:
+    text, value = EXAMPLES[name]
+    arguments = [flag_of(name), text]
+    if name == "model":
+        arguments = [text]
+    if name == "no_prefix_caching":
+        arguments = [flag_of(name)]
+    result = CliRunner().invoke(cli.cli, ["serve", *arguments])
+    assert result.exit_code == 0, result.output
+    ((settings, sources),) = served
+    assert getattr(settings, name) == value
+    assert sources == {name: flag_of(name)}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_setting_from_the_environment(
+    name: str, served: list[tuple[Settings, dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, value = EXAMPLES[name]
+    monkeypatch.setenv(ENV_PREFIX + name.upper(), text)
+    assert CliRunner().invoke(cli.cli, ["serve"]).exit_code == 0
+    ((settings, sources),) = served
+    assert getattr(settings, name) == value
+    assert sources == {name: ENV_PREFIX + name.upper()}
+
+
+def test_the_command_line_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOPTWO_PORT", "1")
+    settings, sources = load_settings({"port": "2"})
+    assert settings.port == 2
+    assert sources == {"port": "--port"}
+
+
+def test_several_keys(served: list[tuple[Settings, dict[str, str]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    CliRunner().invoke(cli.cli, ["serve", "--api-key", "one", "--api-key", "two"])
+    assert served[0][0].api_key == ("one", "two")
+    monkeypatch.setenv("TOPTWO_API_KEY", "three, four")
+    assert load_settings({})[0].api_key == ("three", "four")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"port": "70000"}, "--port: Input should be less than or equal to 65535 (got '70000')"),
+        ({"device": "tpu"}, "--device: Input should be 'auto', 'cpu' or 'cuda' (got 'tpu')"),
+        ({"max_num_seqs": "0"}, "--max-num-seqs: Input should be greater than or equal to 1"),
+        ({"kv_cache_gib": "-1"}, "--kv-cache-gib: Input should be greater than 0"),
+        ({"kv_cache_gib": "nan"}, "--kv-cache-gib:"),
+        ({"kv_cache_gib": "inf"}, "--kv-cache-gib:"),
+        ({"threads": "many"}, "--threads: Input should be a valid integer"),
+    ],
+)
+def test_a_bad_value_names_its_flag(flags: dict[str, object], words: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        load_settings(flags)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOPTWO_MAX_MODEL_LEN", "long")
+    with pytest.raises(StartupError, match="TOPTWO_MAX_MODEL_LEN: "):
+        load_settings({})
+
+
+@pytest.mark.parametrize("key", ["", " ", "None", "null", "with space", "tab\there", "ünïcode", "a\x00b"])
+def test_a_weak_key_is_refused_and_not_repeated(key: str) -> None:
+    with pytest.raises(StartupError, match="--api-key: ") as caught:
+        load_settings({"api_key": [key]})
+    assert "got" not in str(caught.value)
+
+
+def test_help_names_every_setting() -> None:
+    result = CliRunner().invoke(cli.cli, ["serve", "--help"], env={"COLUMNS": "300"})
+    assert result.exit_code == 0
+    for name in Settings.model_fields:
+        assert flag_of(name) in result.output, name
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(cli.cli, ["--version"]).output == f"toptwo {__version__}\n"
