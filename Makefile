@@ -55,9 +55,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(BIN)/python $(SOURCES)
-	$(PIP) install --quiet --editable .
+	@echo "Installing toptwo and what it needs into $(VENV); only once."
+	$(PIP) install --editable .
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) install --quiet --editable '.[test,lint]'
+	$(PIP) install --editable '.[test,lint]'
 	@touch $@

@@ -11,6 +11,7 @@ import openai
 import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionMessageParam
+
 from server_process import ServerProcess
 
 MODEL = "tiny-moe"

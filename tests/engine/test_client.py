@@ -150,6 +150,16 @@ async def test_stopping_ends_the_process(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
+async def test_stopping_while_an_engine_is_being_started_ends_that_one_too(tmp_path: Path) -> None:
+    async with supervised(tmp_path) as (supervisor, running):
+        await asyncio.sleep(0)  # the process is asked for, and not there yet
+        assert supervisor.pid is None
+        await supervisor.stop()
+        async with asyncio.timeout(5):
+            await running
+        assert supervisor.pid is None
+
+
 async def test_the_engine_outlives_signals_but_not_its_parent(tmp_path: Path) -> None:
     async with supervised(tmp_path) as (supervisor, _):
         await supervisor.client.ready.wait()

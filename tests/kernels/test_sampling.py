@@ -102,6 +102,17 @@ def test_tiny_top_p_and_top_k_one_are_greedy() -> None:
         assert set(sample(params)) == {0}
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-44, 1e-60])
+def test_tiny_temperatures_are_greedy(temperature: float) -> None:
+    assert set(sample([SamplingParams(seed=s, temperature=temperature) for s in range(20)])) == {0}
+
+
+@pytest.mark.parametrize("setting", [{"top_k": 10**6}, {"top_p": 0.0}, {"top_k": VOCAB}], ids=str)
+def test_settings_at_and_beyond_the_vocabulary(setting: dict[str, float]) -> None:
+    drawn = sample([SamplingParams(seed=s, temperature=1.0, **setting) for s in range(50)])  # type: ignore[arg-type]
+    assert set(drawn) == {0} if "top_p" in setting else len(set(drawn)) > 3
+
+
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2**-53])
 def test_a_token_without_probability_is_never_drawn(uniform: float) -> None:
     from toptwo_kernels.reference.sampling import _invert

@@ -13,7 +13,9 @@ def sample(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
     logits = _penalize(logits_RV.float(), batch)
     ids = logits.argmax(-1)
     for row in torch.nonzero(batch.temperature_R > 0).flatten().tolist():
-        ids[row] = _draw(logits[row] / batch.temperature_R[row], row, batch)
+        # From the largest logit down: dividing by a tiny temperature must not overflow to inf - inf.
+        shifted = logits[row] - logits[row].max()
+        ids[row] = _draw(shifted / batch.temperature_R[row], row, batch)
     return ids
 
 

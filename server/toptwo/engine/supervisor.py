@@ -95,6 +95,8 @@ class Supervisor:
             *self._command, str(path), stdin=asyncio.subprocess.PIPE
         )
         self._process = process
+        if self._stopping:  # `stop` came while the process was being started, and saw none to end
+            process.kill()
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died at once
                 assert process.stdin is not None  # noqa: S101
