@@ -95,6 +95,7 @@ def test_several_keys(served: list[tuple[Settings, dict[str, str]]], monkeypatch
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ({"model": ""}, "MODEL: String should have at least 1 character (got '')"),
         ({"port": "70000"}, "--port: Input should be less than or equal to 65535 (got '70000')"),
         ({"device": "tpu"}, "--device: Input should be 'auto', 'cpu' or 'cuda' (got 'tpu')"),
         ({"max_num_seqs": "0"}, "--max-num-seqs: Input should be greater than or equal to 1"),

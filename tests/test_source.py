@@ -57,9 +57,7 @@ def test_a_hub_id_without_the_extra_says_what_to_install(monkeypatch: pytest.Mon
         find(model="org/some-moe")
 
 
-@pytest.mark.parametrize(
-    "model", ["/no/such", "../..x/../y", "a/b/c", "name", "", "org/na me", "~/nothing-here"]
-)
+@pytest.mark.parametrize("model", ["/no/such", "../..x/../y", "a/b/c", "name", "org/na me", "~/nothing-here"])
 def test_what_is_neither_is_named(model: str) -> None:
     with pytest.raises(StartupError, match="no such directory, and not a hub id"):
         find(model=model)

@@ -29,7 +29,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="ignore")
 
     model: str | None = Field(
-        None, description="Checkpoint directory or hub id; without it, the embedded default model."
+        None,
+        min_length=1,
+        description="Checkpoint directory or hub id; without it, the embedded default model.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
@@ -37,7 +39,7 @@ class Settings(BaseSettings):
         (), description="Accepted bearer key; repeatable (comma-separated in the environment)."
     )
     served_model_name: str | None = Field(
-        None, description="Model id that clients use; by default the model's own name."
+        None, min_length=1, description="Model id that clients use; by default the model's own name."
     )
     device: Device = Field("auto", description="Where the model runs.")
     dtype: Dtype = Field(
