@@ -7,7 +7,7 @@
 #   make bench                       decode speed over HTTP with 1 and 16 streams, and memory
 #   make bench-start                 seconds from a clone to the first token
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find kernels/csrc -type f) pyproject.toml constraints.txt
@@ -16,15 +16,17 @@ SOURCES := $(shell find kernels/csrc -type f) pyproject.toml constraints.txt
 PIN := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt
 PIP := $(PIN) PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
-MODEL ?=
-HOST ?=
-PORT ?=
-ARGS ?=
+# Not ?=, which would take them from the environment, where HOST is often something else.
+MODEL =
+HOST =
+PORT =
+ARGS =
 
+.DELETE_ON_ERROR:
 .PHONY: serve test lint format bench bench-start clean help
 
 serve: $(VENV)/installed
-	@$(BIN)/toptwo serve $(MODEL) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
+	@$(BIN)/toptwo serve $(if $(MODEL),"$(MODEL)") $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
@@ -51,8 +53,9 @@ help:
 	@sed -n '3,8s/^#  *//p' Makefile
 
 $(BIN)/python:
-	@command -v $(PYTHON) >/dev/null || { echo "toptwo needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "toptwo needs Python 3.11 or newer; say which: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/installed: $(BIN)/python $(SOURCES)
 	@echo "Installing toptwo and what it needs into $(VENV); only once."

@@ -42,6 +42,7 @@ def engine_info(*, max_model_len: int = 2048) -> EngineInfo:
         quantization="none",
         backend="reference",
         num_threads=1,
+        vocab_size=266,
         max_model_len=max_model_len,
         max_num_seqs=16,
         max_step_tokens=512,

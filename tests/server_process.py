@@ -32,7 +32,7 @@ class ServerProcess:
         clean |= {"TOPTWO_CACHE_DIR": str(self.directory / "cache"), **self.environment}
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "toptwo", "serve", "--port", "0", *self.arguments],
+                [sys.executable, "-P", "-m", "toptwo", "serve", "--port", "0", *self.arguments],
                 stdout=out,
                 stderr=err,
                 env=clean,

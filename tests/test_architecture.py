@@ -20,7 +20,8 @@ ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
     "cli": {"launch", "__init__"},
-    "launch": {"app", "api", "text", "telemetry", "engine", "runtime", "source", "banner", "local_key"},
+    "launch": {"app", "api", "text", "telemetry", "engine", "source", "banner", "local_key"},
+    "launch_engine": {"engine", "runtime", "telemetry"},
     "source": {"default_model"},
     "banner": {"local_key", "__init__"},
     "local_key": set(),
@@ -99,6 +100,19 @@ def test_no_torch_outside_the_model(path: Path) -> None:
     if room_of(path) in TORCH_FREE:
         heavy = {name.split(".")[0] for name in imports(path)} & {"torch", "transformers", "safetensors"}
         assert not heavy
+
+
+def test_an_engine_process_needs_no_api() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('fastapi', 'starlette', 'uvicorn', 'tokenizers', 'jinja2', 'toptwo.api', 'toptwo.app'):\n"
+        "    sys.modules[name] = None\n"
+        "import toptwo.launch_engine, toptwo.engine.engine, toptwo.engine.transport, toptwo.runtime.build\n"
+        "import toptwo.models.mixtral, toptwo.settings, toptwo.telemetry.logs\n"
+        "print('imported')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "imported\n", done.stderr
 
 
 @pytest.mark.parametrize(

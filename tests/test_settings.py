@@ -9,7 +9,14 @@ from typer.testing import CliRunner
 
 from toptwo import __version__, cli, launch
 from toptwo.errors import StartupError
-from toptwo.settings import ENV_PREFIX, Settings, flag_of, load_settings
+from toptwo.settings import (
+    ENV_PREFIX,
+    Settings,
+    environment_without_settings,
+    flag_of,
+    load_settings,
+    unknown_variables,
+)
 
 EXAMPLES: dict[str, tuple[str, object]] = {
     "model": ("some/model", "some/model"),
@@ -19,10 +26,10 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "served_model_name": ("name", "name"),
     "device": ("cpu", "cpu"),
     "dtype": ("bfloat16", "bfloat16"),
-    "quantization": ("int8", "int8"),
+    "quantization": ("none", "none"),
     "max_model_len": ("100", 100),
     "max_num_seqs": ("7", 7),
-    "max_step_tokens": ("99", 99),
+    "max_step_tokens": ("999", 999),
     "kv_cache_gib": ("1.5", 1.5),
     "threads": ("3", 3),
     "no_prefix_caching": ("true", True),
@@ -103,6 +110,11 @@ def test_several_keys(served: list[tuple[Settings, dict[str, str]]], monkeypatch
         ({"kv_cache_gib": "nan"}, "--kv-cache-gib:"),
         ({"kv_cache_gib": "inf"}, "--kv-cache-gib:"),
         ({"threads": "many"}, "--threads: Input should be a valid integer"),
+        ({"cache_dir": "~nobody-here/x"}, "--cache-dir: Value error, Could not determine home directory"),
+        ({"device": "cuda"}, "--device cuda: this version runs on CPUs only"),
+        ({"quantization": "int8"}, "--quantization int8: this version computes unquantised weights only"),
+        ({"quantization": "int4"}, "--quantization int4: this version computes unquantised weights only"),
+        ({"max_step_tokens": "32", "max_num_seqs": "33"}, "--max-step-tokens 32 must be at least"),
     ],
 )
 def test_a_bad_value_names_its_flag(flags: dict[str, object], words: str) -> None:
@@ -123,6 +135,14 @@ def test_a_weak_key_is_refused_and_not_repeated(key: str) -> None:
     with pytest.raises(StartupError, match="--api-key: ") as caught:
         load_settings({"api_key": [key]})
     assert "got" not in str(caught.value)
+
+
+def test_variables_that_are_no_settings_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOPTWO_MAX_NUM_SEQ", "3")
+    monkeypatch.setenv("TOPTWO_API_KEY", "secret")
+    assert unknown_variables() == ["TOPTWO_MAX_NUM_SEQ"]
+    assert not [name for name in environment_without_settings() if name.startswith(ENV_PREFIX)]
+    assert "PATH" in environment_without_settings()
 
 
 def test_help_names_every_setting() -> None:

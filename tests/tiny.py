@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,28 +45,32 @@ def load_runner(
     max_model_len: int | None = None,
     num_blocks: int = 64,
     dtype: str = "float32",
-    changes: Mapping[str, torch.Tensor] | None = None,
+    routers: Sequence[torch.Tensor] = (),
 ) -> Any:
-    """The checkpoint as a Runner with a KV pool of `num_blocks` blocks and 32 slots.
+    """The checkpoint as the server loads it, with a KV pool of `num_blocks` blocks and 32 slots.
 
-    changes: weights to put in place of the loaded ones, by the architecture's own names.
+    routers: matrices [E, H] to put in place of the loaded ones, one per layer.
     """
     from toptwo.models.registry import read_config
-    from toptwo.runtime.batch import SlotTable
-    from toptwo.runtime.kv_cache import BLOCK_SIZE, allocate_kv_cache
-    from toptwo.runtime.loader import Checkpoint, load_weights
-    from toptwo.runtime.runner import Runner
-    from toptwo_kernels.registry import load_backend
+    from toptwo.runtime.build import build_runtime
+    from toptwo.runtime.kv_cache import BLOCK_SIZE, kv_bytes_per_token
+    from toptwo.settings import Settings
 
-    ops, torch_dtype = load_backend("reference"), getattr(torch, dtype)
-    architecture, config = read_config(directory)
-    max_len = max_model_len or config.max_position
-    with Checkpoint(directory) as checkpoint:
-        ignored = architecture.ignored_tensors(config)
-        weights = load_weights(checkpoint, architecture.weight_map(config), ignored, torch_dtype)
-    model = architecture.build(config, weights | dict(changes or {}), max_len, ops)
-    kv_cache = allocate_kv_cache(config, num_blocks, torch_dtype)
-    return Runner(model, kv_cache, SlotTable(32, max_len, BLOCK_SIZE), ops)
+    block_bytes = BLOCK_SIZE * kv_bytes_per_token(read_config(directory)[1], getattr(torch, dtype))
+    settings = Settings(
+        max_model_len=max_model_len,
+        max_num_seqs=32,
+        kv_cache_gib=num_blocks * block_bytes / 2**30,
+        dtype=dtype,  # type: ignore[arg-type]
+        threads=1,
+    )
+    runtime = build_runtime(settings, directory)
+    assert runtime.info.num_blocks == num_blocks
+    layers = runtime.runner._model.layers  # type: ignore[attr-defined]
+    for index, weight in enumerate(routers):
+        moe = layers[index].moe
+        layers[index] = replace(layers[index], moe=replace(moe, router=replace(moe.router, weight_EH=weight)))
+    return runtime.runner
 
 
 def forward_all(directory: Path, token_ids: list[int], **options: Any) -> torch.Tensor:

@@ -5,9 +5,11 @@ length, B KV blocks, S slots in a block, H hidden, E experts, K experts chosen p
 FFN width, V vocabulary, N query heads, M KV heads, D head dimension, I/O in and out features.
 
 A backend is a module with the functions of `Ops`; `registry.load_backend` finds it by name. What a
-backend may rely on: contiguous row-major tensors, all on one device; token rows in the order of the
-step; int64 ids. What it must promise: a row's result does not depend on which rows share its step
-beyond the rounding that its docstring states, and nothing outside the named outputs is written.
+backend may rely on: contiguous row-major tensors, all on one device (only x of `apply_rope` and k and
+v of `write_kv` may be views with a longer token stride, as they are cut out of one QKV product);
+token rows in the order of the step; int64 ids. What it must promise: a row's result does not depend
+on which rows share its step beyond the rounding that its docstring states, and nothing outside the
+named outputs is written.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class AttentionBatch:
 
     Row r covers the tokens [query_starts_R1[r], query_starts_R1[r + 1]) of the step, which are the
     last ones of a context of context_lens_R[r] tokens (their own KV included). Token j of the
-    context lies in block block_tables_RB[r, j // S] at offset j % S; unused entries are 0.
+    context lies in block block_tables_RB[r, j // S] at offset j % S; entries behind the context's
+    last block mean nothing.
 
     Example: block size 4, one row that decodes its 6th token from blocks 7 and 2:
     query_starts [0, 1], context_lens [6], block_tables [[7, 2]]; its KV slots are 28..31, 8, 9.
@@ -138,7 +141,7 @@ class Ops(Protocol):
         """Next token ids [R]: penalties, temperature, top_k, top_p, min_p, inverse-CDF draw.
 
         uniform_R in [0, 1) is the row's only randomness. Temperature 0 takes the largest logit
-        after penalties, the lowest id among equals.
+        after penalties, the lowest id among equals. A row whose logits are not numbers gets -1.
         """
 
 

@@ -48,6 +48,7 @@ def print_key(console: Console, key: LocalKey | None, url: str, model: str) -> N
         bearer = "$TOPTWO_API_KEY"
     elif key.created:
         _print(console, f"  {'key':<10}{key.secret}")
+        key.shown = True
         _print(console, f"  {'':<10}created now and kept in {key.path}; it is not shown again")
         bearer = key.secret
     else:

@@ -80,6 +80,8 @@ def main() -> None:
     """Entry point; ends with one line and status 1 when the server cannot run."""
     try:
         cli()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except StartupError as error:
         Console(stderr=True).print(f"toptwo: {error}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None

@@ -1,7 +1,7 @@
-"""The composition root: the only module that sees engine, runtime and app together.
+"""The composition root of the API process: the only module that sees engine client and app together.
 
-Two processes are put together here. The API process (`serve`) owns text and HTTP and never imports
-torch; the engine process (`run_engine`) owns the model. Each imports what it needs when it starts.
+It owns text and HTTP and never imports torch; the model lives in an engine process, which
+`launch_engine` puts together.
 """
 
 from __future__ import annotations
@@ -9,30 +9,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import structlog
 import uvicorn
 import uvloop
 from rich.console import Console
-from rich.progress import Progress
 
 from toptwo.api.health import Lifecycle
 from toptwo.api.security import KeyRing
 from toptwo.app import create_app
 from toptwo.banner import print_banner, print_key
-from toptwo.engine.supervisor import Supervisor
+from toptwo.engine.supervisor import EngineCommand, Supervisor
 from toptwo.errors import StartupError
 from toptwo.local_key import LocalKey, load_or_create_key
-from toptwo.settings import Settings
+from toptwo.messages import EngineInfo
+from toptwo.settings import Settings, environment_without_settings, unknown_variables
 from toptwo.source import ModelSource, find_model
 from toptwo.telemetry.logs import configure_logging
 from toptwo.text.model import load_served_model
+
+log = structlog.get_logger()
+
+RUN_DIR_PREFIX = "toptwo-run-"
+LONGEST_SOCKET_DIR = 80  # a Unix socket's path has at most 107 bytes, the file's name included
+BACKLOG = 2048
+CUT_SECONDS = 5  # for the error events of requests that are cut at the end of the drain time
 
 
 def serve(settings: Settings, sources: dict[str, str], console: Console) -> None:
@@ -40,17 +50,22 @@ def serve(settings: Settings, sources: dict[str, str], console: Console) -> None
 
     Raises StartupError when the server cannot start, or its engine keeps dying.
     """
+    signal.signal(signal.SIGTERM, _exit_on_signal)  # until there is something to drain
     configure_logging(settings.log_level)
-    with contextlib.closing(_bind(settings)) as listener:
+    for name in unknown_variables():
+        log.warning("there is no such setting; the variable is ignored", variable=name)
+    with contextlib.closing(_bind(settings)) as listener, _run_dir() as run_dir:
         source = find_model(settings, console)
-        key = None if settings.api_key else load_or_create_key(settings.cache_dir)
-        with tempfile.TemporaryDirectory(prefix="toptwo-") as run_dir:
-            site = _Site(settings, sources, console, source, key, listener, Path(run_dir))
-            uvloop.run(site.run())
+        with _key(settings) as key:
+            uvloop.run(_Site(settings, sources, console, source, key, listener, run_dir).run())
+
+
+def _exit_on_signal(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _bind(settings: Settings) -> socket.socket:
-    """The address, taken but not yet listening: a taken port must be known before a model is loaded."""
+    """The listening socket: a taken port must be known before a model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -58,11 +73,40 @@ def _bind(settings: Settings) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
         raise StartupError(
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; see --host and --port"
         ) from None
     return listener
+
+
+@contextlib.contextmanager
+def _run_dir() -> Iterator[Path]:
+    """A private directory for sockets. Those of servers that were killed are removed first."""
+    parent = Path(tempfile.gettempdir())
+    if len(os.fsencode(parent)) > LONGEST_SOCKET_DIR:
+        parent = Path("/tmp")  # noqa: S108  (mkdtemp makes a private directory in it)
+    for leftover in parent.glob(f"{RUN_DIR_PREFIX}*-*"):
+        pid = leftover.name.removeprefix(RUN_DIR_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{RUN_DIR_PREFIX}{os.getpid()}-", dir=parent) as directory:
+        yield Path(directory)
+
+
+@contextlib.contextmanager
+def _key(settings: Settings) -> Iterator[LocalKey | None]:
+    """The created key, if none is configured. One that nobody was shown is not kept."""
+    if settings.api_key:
+        yield None
+        return
+    key = load_or_create_key(settings.cache_dir)
+    try:
+        yield key
+    finally:
+        if key.created and not key.shown:
+            key.path.unlink(missing_ok=True)
 
 
 class _Server(uvicorn.Server):
@@ -73,7 +117,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Site:
     """Everything one server is made of."""
 
@@ -84,108 +128,82 @@ class _Site:
     key: LocalKey | None
     listener: socket.socket
     run_dir: Path
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    told_to_drain: asyncio.Event = field(default_factory=asyncio.Event)
+    told_to_cut: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
         """API server and engine side by side, until one of them ends."""
-        supervisor = Supervisor(
-            [sys.executable, "-m", "toptwo.launch"], _engine_config(self.settings, self.source), self.run_dir
-        )
-        lifecycle = Lifecycle()
-        server = self._create_server(supervisor, lifecycle)
-
-        def drain(number: int) -> None:
-            lifecycle.draining = True
-            server.handle_exit(number, None)  # stops listening; a second Ctrl-C stops waiting, too
-
+        arguments = [sys.executable, "-P", "-m", "toptwo.launch_engine"]  # -P: no modules from where we are
+        command = EngineCommand(arguments, environment_without_settings(), self._configure_engine)
+        supervisor = Supervisor(command, self.run_dir)
+        server = self._create_server(supervisor)
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, drain, number)
+            asyncio.get_running_loop().add_signal_handler(number, self._drain, server)
         engine = asyncio.create_task(supervisor.run(), name="engine")
-        announcing = asyncio.create_task(self._announce(supervisor), name="banner")
         serving = asyncio.create_task(server.serve(sockets=[self.listener]), name="server")
+        announcing = asyncio.create_task(self._announce(supervisor), name="banner")
+        cutting = asyncio.create_task(self._cut(supervisor), name="cut")
         await asyncio.wait({engine, serving}, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
         try:
             await serving
         finally:
             announcing.cancel()
+            cutting.cancel()
             await supervisor.stop()
         await engine  # raises what made the engine give up
 
-    def _create_server(self, supervisor: Supervisor, lifecycle: Lifecycle) -> _Server:
+    def _drain(self, server: _Server) -> None:
+        """The first signal stops listening and lets open requests end; the second cuts them."""
+        if self.told_to_drain.is_set():
+            self.told_to_cut.set()
+            return
+        log.info("draining", seconds=self.settings.drain_timeout)
+        self.told_to_drain.set()
+        self.lifecycle.draining = True
+        server.should_exit = True
+
+    async def _cut(self, supervisor: Supervisor) -> None:
+        """When the drain time is over, or a second signal comes, end what is still open."""
+        await self.told_to_drain.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.drain_timeout):
+                await self.told_to_cut.wait()
+        await supervisor.client.end_all("the server is shutting down")
+
+    def _create_server(self, supervisor: Supervisor) -> _Server:
         keys = [self.key.secret] if self.key else self.settings.api_key
         model = load_served_model(self.source.directory, self.source.name)
-        ring = KeyRing.from_keys(keys)
-        app = create_app(supervisor.client, model, ring, lifecycle)
+        app = create_app(supervisor.client, model, KeyRing.from_keys(keys), self.lifecycle)
         return _Server(
             uvicorn.Config(
                 app,
                 loop="uvloop",
                 http="httptools",
                 log_config=None,
+                log_level="warning",
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=self.settings.drain_timeout,
+                timeout_graceful_shutdown=self.settings.drain_timeout + CUT_SECONDS,
             )
         )
 
+    def _configure_engine(self, resolved: EngineInfo | None) -> bytes:
+        """What an engine process must know, as one line of JSON. Keys stay in this process."""
+        fields = self.settings.model_dump(mode="json") | {"api_key": []}
+        if resolved:  # a restart must not shrink what clients were promised
+            fields |= {"max_model_len": resolved.max_model_len, "threads": resolved.num_threads}
+            fields |= {"kv_cache_gib": resolved.kv_cache_bytes / (1 << 30)}
+        return json.dumps({"settings": fields, "directory": str(self.source.directory)}).encode()
+
     async def _announce(self, supervisor: Supervisor) -> None:
-        await supervisor.client.ready.wait()
-        info = supervisor.client.info
-        if info is None:  # died again at once; the supervisor tells
-            return
+        while (info := supervisor.client.info) is None:
+            await supervisor.client.ready.wait()
         host, port = self.listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v3/openai"
-        print_banner(self.console, self.source.name, info, url, self.settings, self.sources)
-        print_key(self.console, self.key, url, self.source.name)
-
-
-def _engine_config(settings: Settings, source: ModelSource) -> bytes:
-    """What an engine process must know, as one line of JSON. Keys stay in the API process."""
-    fields = settings.model_dump(mode="json", exclude={"api_key"})
-    return json.dumps({"settings": fields, "directory": str(source.directory)}).encode()
-
-
-def run_engine(socket_path: Path) -> None:
-    """The engine process: load the model, then serve the socket until the parent is gone.
-
-    Raises StartupError when the model cannot be loaded.
-    """
-    from toptwo.engine import process
-    from toptwo.engine.blocks import BlockPool
-    from toptwo.engine.engine import Engine
-    from toptwo.engine.scheduler import Scheduler, SchedulerLimits
-    from toptwo.engine.transport import EngineSocket
-    from toptwo.runtime.build import build_runtime
-
-    config = json.loads(process.read_config())
-    process.bind_to_parent()
-    settings = Settings(**config["settings"])
-    configure_logging(settings.log_level)
-    endpoint = EngineSocket(socket_path)
-    with _loading_bar() as on_progress:
-        runtime = build_runtime(settings, Path(config["directory"]), on_progress)
-    chosen = runtime.config
-    limits = SchedulerLimits(
-        max_model_len=chosen.max_model_len,
-        max_num_seqs=chosen.max_num_seqs,
-        max_step_tokens=chosen.max_step_tokens,
-        prefix_caching=chosen.prefix_caching,
-    )
-    scheduler = Scheduler(limits, BlockPool(chosen.num_blocks, chosen.block_size))
-    Engine(scheduler, runtime.runner, endpoint, runtime.info).run()
-
-
-@contextlib.contextmanager
-def _loading_bar() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal's standard error; nothing elsewhere, and nothing left behind."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Loading weights", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-if __name__ == "__main__":
-    try:
-        run_engine(Path(sys.argv[1]))
-    except StartupError as reason:
-        sys.exit(f"toptwo: {reason}")
+        try:
+            print_banner(self.console, self.source.name, info, url, self.settings, self.sources)
+            print_key(self.console, self.key, url, self.source.name)
+        except OSError:
+            log.exception("the banner could not be printed")

@@ -16,13 +16,14 @@ from toptwo.errors import StartupError
 FILE_NAME = "api-key"
 
 
-@dataclass(frozen=True)
+@dataclass
 class LocalKey:
-    """created: whether this start made it, and so may show it."""
+    """created: whether this start made it, and so may show it. shown: whether it has."""
 
     secret: str
     path: Path
     created: bool
+    shown: bool = False
 
 
 def load_or_create_key(directory: Path) -> LocalKey:
@@ -36,7 +37,9 @@ def load_or_create_key(directory: Path) -> LocalKey:
             secret = path.read_text().strip()
     except OSError as error:
         raise StartupError(f"{path}: cannot keep the API key there: {error.strerror}") from None
-    if not secret:
+    except UnicodeDecodeError:
+        secret = ""
+    if not (secret and secret.isascii() and secret.isprintable()):
         raise StartupError(f"{path}: holds no key; delete it to have a new one created")
     return LocalKey(secret, path, created)
 

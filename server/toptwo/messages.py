@@ -106,6 +106,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     quantization: str
     backend: str
     num_threads: int
+    vocab_size: int
     max_model_len: int
     max_num_seqs: int
     max_step_tokens: int
@@ -163,7 +164,8 @@ class StepPlan(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """Sampled token ids, one per row of the plan; -1 where the row did not sample."""
+    """Sampled token ids, one per row of the plan; -1 where the row did not sample, or could not,
+    because its logits are not numbers."""
 
     step: int
     token_ids: list[int]

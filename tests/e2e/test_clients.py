@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import openai
 import pytest
@@ -65,10 +65,15 @@ async def test_the_accumulator_rebuilds_the_answer(client: openai.AsyncOpenAI) -
     assert rebuilt.usage.total_tokens == whole.usage.total_tokens
 
 
-async def test_32_streams_get_what_each_gets_alone(client: openai.AsyncOpenAI) -> None:
-    """Half of them greedy, half sampled with a seed; prompts of many lengths."""
+async def test_32_streams_get_what_each_gets_alone(
+    client: openai.AsyncOpenAI, start: Callable[..., ServerProcess]
+) -> None:
+    """Half of them greedy, half sampled with a seed; prompts of many lengths.
 
-    async def stream(index: int) -> tuple[str, list[str]]:
+    Alone means on another server, without a prefix cache: nothing of the crowd can be reused there.
+    """
+
+    async def stream(client: openai.AsyncOpenAI, index: int) -> tuple[str, list[str]]:
         text, ends = "", []
         async for chunk in await client.chat.completions.create(
             model=MODEL,
@@ -83,10 +88,11 @@ async def test_32_streams_get_what_each_gets_alone(client: openai.AsyncOpenAI) -
             ends += [chunk.choices[0].finish_reason] if chunk.choices[0].finish_reason else []
         return text, ends
 
-    together = await asyncio.gather(*(stream(index) for index in range(32)))
-    alone = [await stream(index) for index in range(32)]
-    assert together == alone
-    assert all(ends == ["length"] for _, ends in together)
+    together = await asyncio.gather(*(stream(client, index) for index in range(32)))
+    lonely = start("--no-prefix-caching", "--max-num-seqs", "1").wait_until_ready()
+    async with openai.AsyncOpenAI(base_url=lonely.url, api_key=lonely.key) as alone:
+        assert together == [await stream(alone, index) for index in range(32)]
+    assert all(ends in (["length"], ["stop"]) for _, ends in together)
     assert len({text for text, _ in together}) == 32
 
 

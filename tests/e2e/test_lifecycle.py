@@ -78,16 +78,43 @@ async def test_a_signal_drains_open_streams(start: Start, number: signal.Signals
     assert "Traceback" not in server.err
 
 
-async def test_after_the_drain_timeout_streams_are_cut(start: Start) -> None:
-    server = start("--drain-timeout", "1").wait_until_ready()
+@pytest.mark.parametrize("how", ["drain timeout", "second signal"])
+async def test_streams_that_must_be_cut_are_told_so(start: Start, how: str) -> None:
+    server = start("--drain-timeout", "1" if how == "drain timeout" else "60").wait_until_ready()
     async with httpx2.AsyncClient(base_url=server.url, headers=headers(server), timeout=60) as client:
-        call = asyncio.create_task(client.post("/chat/completions", json=body(True, 8000)))
+        stream = asyncio.create_task(client.post("/chat/completions", json=body(True, 8000)))
+        whole = asyncio.create_task(client.post("/chat/completions", json=body(False, 8000)))
         await asyncio.sleep(0.5)
         began = time.monotonic()
-        os.killpg(server.process.pid, signal.SIGTERM)
-        server.process.wait(10)
-        assert time.monotonic() - began < 6
-        await asyncio.gather(call, return_exceptions=True)
+        os.kill(server.process.pid, signal.SIGINT)
+        if how == "second signal":
+            await asyncio.sleep(0.3)
+            os.kill(server.process.pid, signal.SIGINT)
+        answers = await asyncio.gather(stream, whole)
+    assert server.process.wait(10) == 0
+    assert time.monotonic() - began < 5
+    events = [line[6:] for line in answers[0].text.split("\n") if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["error"]["message"] == "the server is shutting down"
+    assert answers[1].status_code == 500
+    assert answers[1].json()["error"]["message"] == "the server is shutting down"
+    assert "Traceback" not in server.err
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.6, 0.9, 1.2, 1.8])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_starting_is_no_failure(
+    start: Start, tmp_path: Path, seconds: float, number: signal.Signals
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    server = start(TMPDIR=str(runs))
+    time.sleep(seconds)
+    status = server.stop(number, timeout=10)
+    assert status in (0, 128 + number, -number)  # drained, ended by our handler, or before we had one
+    assert "Traceback" not in server.err or status == -number
+    assert "toptwo: " not in server.err
+    assert list(runs.iterdir()) == []
 
 
 async def test_engine_death_is_told_to_clients_and_survived(start: Start) -> None:
@@ -136,6 +163,76 @@ def test_nothing_outlives_a_killed_server(start: Start) -> None:
     while Path(f"/proc/{engine}").exists():
         assert time.monotonic() < deadline, "the engine outlived its parent"
         time.sleep(0.05)
+
+
+def test_run_directories_of_killed_servers_are_removed(start: Start, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    first = start(TMPDIR=str(runs)).wait_until_ready()
+    (left,) = runs.iterdir()
+    assert stat.S_IMODE(left.stat().st_mode) == 0o700
+    first.kill()
+    second = start(TMPDIR=str(runs)).wait_until_ready()
+    (now,) = runs.iterdir()
+    assert now != left
+    assert second.stop() == 0
+    assert list(runs.iterdir()) == []
+
+
+def test_a_long_temporary_directory_is_no_obstacle(start: Start, tmp_path: Path) -> None:
+    runs = tmp_path / ("long" * 30)
+    runs.mkdir()
+    assert start(TMPDIR=str(runs)).wait_until_ready().stop() == 0
+
+
+def test_a_model_directory_cannot_bring_modules_along(
+    start: Start, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    for path in checkpoint.iterdir():
+        (evil / path.name).write_bytes(path.read_bytes())
+    for name in ("torch", "zmq", "structlog", "toptwo", "json"):
+        (evil / f"{name}.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
+    monkeypatch.chdir(evil)
+    server = start(model=".", PYTHONPATH="").wait_until_ready()
+    assert server.stop() == 0
+    assert not (tmp_path / "canary").exists()
+
+
+def test_the_engine_process_sees_no_key(start: Start) -> None:
+    server = start("--api-key", "a-good-key", TOPTWO_API_KEY="two words").wait_until_ready()
+    for path in ("environ", "cmdline"):
+        assert b"two words" not in Path(f"/proc/{server.engine_pid}/{path}").read_bytes()
+    assert "two words" not in server.out + server.err
+
+
+def test_a_key_that_nobody_saw_is_not_kept(start: Start, tmp_path: Path) -> None:
+    cache = str(tmp_path / "kept")
+    failed = start("--kv-cache-gib", "0.000001", TOPTWO_CACHE_DIR=cache)
+    assert failed.process.wait(30) == 1
+    assert not (tmp_path / "kept" / "api-key").exists()
+    assert start(TOPTWO_CACHE_DIR=cache).wait_until_ready().key
+
+
+def test_a_misspelt_variable_is_told(start: Start) -> None:
+    server = start(TOPTWO_MAX_NUM_SEQ="3").wait_until_ready()
+    assert "TOPTWO_MAX_NUM_SEQ" in server.err
+
+
+def test_a_restart_keeps_what_was_promised(start: Start) -> None:
+    server = start("--kv-cache-gib", "0.01").wait_until_ready()
+    promised = re.findall(r"(?m)^  (?:memory|limits).*$|^ +=.*$", server.out)
+    os.kill(server.engine_pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while server.readiness() != 200 or server.err.count("engine died") != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    answer = httpx2.post(
+        f"{server.url}/chat/completions", json=body(False, 9000), headers=headers(server), timeout=30
+    )
+    assert "maximum context length is 8192 tokens" in answer.json()["error"]["message"]
+    assert "context 8,192" in "".join(promised)
 
 
 def test_the_created_key_is_shown_once_and_kept(start: Start, tmp_path: Path) -> None:
@@ -191,9 +288,9 @@ def test_a_taken_port_is_told_at_once(start: Start) -> None:
 def test_a_bad_setting_is_one_line_and_status_1(start: Start, arguments: list[str], words: str) -> None:
     server = start(*arguments)
     assert server.process.wait(30) == 1
-    lines = [line for line in server.err.splitlines() if line.startswith("toptwo: ")]
-    assert words in lines[0]
-    assert "Traceback" not in server.err
+    (line,) = server.err.splitlines()
+    assert line.startswith("toptwo: ")
+    assert words in line
 
 
 @pytest.mark.parametrize("model", ["/no/such/dir", "plainword"])
@@ -218,6 +315,6 @@ def test_a_broken_checkpoint_is_one_line(start: Start, tmp_path: Path, checkpoin
     (broken / "model.safetensors").write_bytes(b"not a tensor in sight")
     server = start(model=str(broken))
     assert server.process.wait(60) == 1
-    assert "model.safetensors: not a readable safetensors file" in server.err
-    assert "the engine could not start" in server.err
-    assert "Traceback" not in server.err
+    reasons = [line for line in server.err.splitlines() if not line.startswith("{")]
+    assert len(reasons) == 1
+    assert "model.safetensors: not a readable safetensors file" in reasons[0]

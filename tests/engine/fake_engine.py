@@ -1,6 +1,7 @@
 """A real engine process around the fake runner: `python fake_engine.py [mode] SOCKET`.
 
-Modes: serve; slow (50 ms per step); crash-on-start; crash-in-step.
+Modes: serve; slow (50 ms per step); crash-on-start; cannot-load; crash-in-step; nonsense (no valid
+tokens for prompts that begin with 13).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from fake_runner import CheckingRunner
+from fake_runner import VOCAB, CheckingRunner
 from toptwo.engine import process
 from toptwo.engine.blocks import BlockPool
 from toptwo.engine.engine import Engine
@@ -24,6 +25,7 @@ INFO = EngineInfo(
     quantization="none",
     backend="fake",
     num_threads=1,
+    vocab_size=VOCAB,
     max_model_len=1024,
     max_num_seqs=8,
     max_step_tokens=64,
@@ -47,13 +49,20 @@ class ModalRunner(CheckingRunner):
             time.sleep(0.05)
         if self.mode == "crash-in-step" and self.steps == 5:
             raise RuntimeError("the fifth step")
-        return super().execute(plan)
+        result = super().execute(plan)
+        if self.mode != "nonsense":
+            return result
+        tokens = [
+            -1 if self.tokens[row.slot][0] == 13 else token
+            for row, token in zip(plan.rows, result.token_ids, strict=True)
+        ]
+        return StepResult(result.step, tokens)
 
 
 def create_engine(path: Path, mode: str = "serve") -> Engine:
     """An engine bound to `path`, with a fake model behind it."""
     scheduler = Scheduler(
-        SchedulerLimits(INFO.max_model_len, INFO.max_num_seqs, INFO.max_step_tokens),
+        SchedulerLimits(VOCAB, INFO.max_model_len, INFO.max_num_seqs, INFO.max_step_tokens),
         BlockPool(INFO.num_blocks, INFO.block_size),
     )
     runner = ModalRunner(INFO.max_num_seqs, INFO.num_blocks, INFO.block_size, INFO.max_step_tokens)
@@ -65,6 +74,9 @@ if __name__ == "__main__":
     mode, path = sys.argv[1:]
     if mode == "crash-on-start":
         sys.exit("cannot start")
-    assert process.read_config() == b"the configuration\n"
     process.bind_to_parent()
+    assert process.read_config().startswith(b"the configuration")
+    if mode == "cannot-load":
+        process.explain_failure(Path(path), "there is no such tensor")
+        sys.exit(1)
     create_engine(Path(path), mode).run()

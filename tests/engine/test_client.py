@@ -17,10 +17,10 @@ import zmq
 from structlog.testing import capture_logs
 
 from fake_runner import generate
-from toptwo.engine.supervisor import RestartPolicy, Supervisor
+from toptwo.engine.supervisor import EngineCommand, RestartPolicy, Supervisor
 from toptwo.engine.transport import EngineSocket
 from toptwo.errors import EngineDeadError, StartupError
-from toptwo.messages import GenerateRequest, SamplingParams, TokenEvent
+from toptwo.messages import EngineInfo, GenerateRequest, SamplingParams, TokenEvent
 
 PATIENT = RestartPolicy(max_crashes=3, window=60)
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
@@ -28,6 +28,10 @@ FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
 
 def request(name: str, prompt: list[int], max_tokens: int = 5) -> GenerateRequest:
     return GenerateRequest(name, prompt, SamplingParams(seed=0), max_tokens)
+
+
+def configure(resolved: EngineInfo | None) -> bytes:
+    return b"the configuration" + (b", again" if resolved else b"")
 
 
 @contextlib.asynccontextmanager
@@ -38,7 +42,8 @@ async def supervised(
     environment = "import sys; sys.path.insert(0, sys.argv.pop(1)); import runpy; sys.argv.pop(0); "
     command = [sys.executable, "-c", environment + "runpy.run_path(sys.argv[0], run_name='__main__')"]
     command += [str(FAKE_ENGINE.parent.parent), str(FAKE_ENGINE), mode]
-    supervisor = Supervisor(command, b"the configuration", run_dir, policy)
+    described = EngineCommand(command, dict(os.environ), configure)
+    supervisor = Supervisor(described, run_dir, policy)
     running = asyncio.create_task(supervisor.run())
     try:
         yield supervisor, running
@@ -135,8 +140,52 @@ async def test_an_engine_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
 
 async def test_an_engine_that_cannot_start_is_not_tried_again(tmp_path: Path) -> None:
     async with supervised(tmp_path, "crash-on-start") as (_, running):
-        with pytest.raises(StartupError, match="could not start"):
+        with pytest.raises(StartupError, match="the engine ended with status 1"):
             await running
+
+
+async def test_an_engine_says_in_its_own_words_why_it_cannot_start(tmp_path: Path) -> None:
+    async with supervised(tmp_path, "cannot-load") as (_, running):
+        with pytest.raises(StartupError, match=r"^there is no such tensor$"):
+            await running
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_engine_that_dies_while_it_restarts_is_one_crash_more_and_no_end(tmp_path: Path) -> None:
+    async with supervised(tmp_path) as (supervisor, running):
+        await supervisor.client.ready.wait()
+        for _ in range(2):
+            pid = supervisor.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            while supervisor.pid in (pid, None):
+                await asyncio.sleep(0.001)
+        async with asyncio.timeout(5):
+            await supervisor.client.ready.wait()
+        assert not running.done()
+
+
+async def test_a_request_without_valid_logits_ends_alone(tmp_path: Path) -> None:
+    async with supervised(tmp_path, "nonsense") as (supervisor, _):
+        await supervisor.client.ready.wait()
+        bad, good = await asyncio.gather(
+            collect(supervisor, request("bad", [13, 1])), collect(supervisor, request("good", [12, 1]))
+        )
+        assert [event.finish_reason for event in bad] == ["error"]
+        assert good[-1].finish_reason == "length"
+
+
+async def test_ending_all_requests_frees_them_in_the_engine(tmp_path: Path) -> None:
+    async with supervised(tmp_path, "slow") as (supervisor, _):
+        await supervisor.client.ready.wait()
+        running = [asyncio.create_task(collect(supervisor, request(f"r{i}", [i], 900))) for i in range(8)]
+        await asyncio.sleep(0.2)
+        await supervisor.client.end_all("closing time")
+        async with asyncio.timeout(2):
+            for events in await asyncio.gather(*running):
+                assert (events[-1].finish_reason, events[-1].error) == ("error", "closing time")
+            # All eight slots are needed for this one to be served at once.
+            assert (await collect(supervisor, request("next", [1], 2)))[-1].finish_reason == "length"
 
 
 async def test_stopping_ends_the_process(tmp_path: Path) -> None:

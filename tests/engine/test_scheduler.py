@@ -31,7 +31,7 @@ class Harness:
 
     def __post_init__(self) -> None:
         limits = SchedulerLimits(
-            self.max_model_len, self.max_num_seqs, self.max_step_tokens, self.prefix_caching
+            VOCAB, self.max_model_len, self.max_num_seqs, self.max_step_tokens, self.prefix_caching
         )
         self.scheduler = Scheduler(limits, BlockPool(self.num_blocks, BLOCK))
         self.runner = CheckingRunner(self.max_num_seqs, self.num_blocks, BLOCK, self.max_step_tokens)
@@ -186,7 +186,13 @@ def test_requests_finish_in_order_of_arrival_when_equal() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "words"),
-    [([], 5, "no tokens"), ([1], 0, "at least 1"), ([1] * 60, 5, "over the context of 64")],
+    [
+        ([], 5, "no tokens"),
+        ([1, VOCAB], 5, "outside the model's vocabulary"),
+        ([-1], 5, "outside the model's vocabulary"),
+        ([1], 0, "at least 1"),
+        ([1] * 60, 5, "over the context of 64"),
+    ],
 )
 def test_what_cannot_run_is_refused_with_a_terminal_event(
     prompt: list[int], max_tokens: int, words: str
@@ -230,12 +236,12 @@ def test_an_abort_while_a_step_runs_drops_only_that_result() -> None:
     harness.check_clean()
 
 
-def test_abort_all_ends_everything_with_the_error() -> None:
+def test_fail_all_ends_everything_with_the_error() -> None:
     harness = Harness(max_num_seqs=1)
     harness.add([1])
     harness.add([2])
     harness.step()
-    harness.take(*harness.scheduler.abort_all("gone"))
+    harness.take(*harness.scheduler.fail_all("gone"))
     assert {event.error for event in harness.ends.values()} == {"gone"}
     harness.check_clean()
 

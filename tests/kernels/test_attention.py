@@ -65,6 +65,23 @@ def test_groups_are_cut_to_bound_memory(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_queries_are_cut_to_bound_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("toptwo_kernels.reference.attention")
+    monkeypatch.setattr(module, "MAX_SCORES", 700)
+    largest = 0
+    softmax = torch.Tensor.softmax
+
+    def watch(scores: torch.Tensor, dim: int) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, scores.numel())
+        return softmax(scores, dim)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", watch)
+    got, expected = paged_case([(40, 33), (12, 12), (17, 1)])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert 0 < largest <= 700
+
+
 def test_rope_turns_pairs_by_position() -> None:
     cos, sin = rope_tables(32, DIM, 10_000.0)
     x = torch.randn(3, HEADS, DIM, generator=torch.Generator().manual_seed(0))

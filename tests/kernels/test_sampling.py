@@ -113,6 +113,29 @@ def test_settings_at_and_beyond_the_vocabulary(setting: dict[str, float]) -> Non
     assert set(drawn) == {0} if "top_p" in setting else len(set(drawn)) > 3
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "setting",
+    [{"temperature": 0.0}, {"temperature": 1.0}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}],
+    ids=str,
+)
+def test_a_row_of_nonsense_is_marked_and_harms_no_other(bad: float, setting: dict[str, float]) -> None:
+    table = SlotTable(2, 16, 4)
+    table.sampling = [SamplingParams(seed=1, **setting)] * 2  # type: ignore[arg-type]
+    nonsense = LOGITS.clone()
+    nonsense[5] = bad
+    rows = [Row(slot, 0, 1, [], True) for slot in range(2)]
+    got = sample_rows(torch.stack((nonsense, LOGITS)), rows, table, reference)
+    assert got[0] == -1
+    assert 0 <= got[1] < VOCAB
+
+
+@pytest.mark.parametrize("setting", [{"repetition_penalty": 0.01}, {"repetition_penalty": 2.0}], ids=str)
+def test_the_strongest_penalties_stay_numbers(setting: dict[str, float]) -> None:
+    params = [SamplingParams(seed=s, top_p=0.9, **setting) for s in range(20)]  # type: ignore[arg-type]
+    assert all(0 <= token < VOCAB for token in sample(params, LOGITS * 50, tokens=(0, 1, 11)))
+
+
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2**-53])
 def test_a_token_without_probability_is_never_drawn(uniform: float) -> None:
     from toptwo_kernels.reference.sampling import _invert

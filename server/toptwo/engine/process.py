@@ -7,19 +7,16 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
-
-
-def read_config() -> bytes:
-    """The configuration line that the supervisor writes to standard input."""
-    return sys.stdin.buffer.readline()
 
 
 def bind_to_parent() -> None:
     """End this process when standard input closes, which also happens when the parent is killed.
 
-    On Linux the kernel is asked as well, for a parent killed while this process is stuck in native code.
+    On Linux the kernel is asked as well, for a parent killed while this process is stuck in native
+    code. Call it first of all.
     """
     # Ctrl-C and service managers signal the whole group. The parent then drains, which needs this
     # process alive, and ends it afterwards by closing the pipe.
@@ -27,7 +24,33 @@ def bind_to_parent() -> None:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def read_config() -> bytes:
+    """The configuration line that the supervisor writes to standard input, which is watched from then on."""
+    line = sys.stdin.buffer.readline()
     threading.Thread(target=_exit_at_end_of_input, name="parent-watch", daemon=True).start()
+    return line
+
+
+def explain_failure(socket_path: Path, reason: str) -> None:
+    """Tell the supervisor in one line why this process could not start."""
+    _explanation_path(socket_path).write_text(reason)
+
+
+def read_explanation(socket_path: Path) -> str | None:
+    """The supervisor's side of `explain_failure`; the explanation is taken away."""
+    path = _explanation_path(socket_path)
+    try:
+        reason = path.read_text()
+        path.unlink()
+    except FileNotFoundError:
+        return None
+    return reason
+
+
+def _explanation_path(socket_path: Path) -> Path:
+    return socket_path.with_suffix(".failure")
 
 
 def _exit_at_end_of_input() -> None:

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 from toptwo.engine.blocks import BlockPool
 from toptwo.engine.request import Sequence
-from toptwo.messages import FinishReason, GenerateRequest, NewSequence, Row, StepPlan, StepResult, TokenEvent
+from toptwo.messages import GenerateRequest, NewSequence, Row, StepPlan, StepResult, TokenEvent
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
     """max_step_tokens is at least max_num_seqs, so that every running sequence can take a step."""
 
+    vocab_size: int
     max_model_len: int
     max_num_seqs: int
     max_step_tokens: int
@@ -65,20 +66,17 @@ class Scheduler:
         self._waiting.append(sequence)
         return None
 
-    def abort(
-        self, request_id: str, reason: FinishReason = "abort", error: str | None = None
-    ) -> TokenEvent | None:
+    def abort(self, request_id: str) -> TokenEvent | None:
         """End a request now and free what it holds. None for an unknown or finished one."""
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return None
         self._remove(sequence)
-        return TokenEvent(request_id, [], reason, sequence.num_cached or 0, error)
+        return TokenEvent(request_id, [], "abort", sequence.num_cached or 0)
 
-    def abort_all(self, error: str) -> list[TokenEvent]:
+    def fail_all(self, error: str) -> list[TokenEvent]:
         """End every request with an error."""
-        events = [self.abort(request_id, "error", error) for request_id in list(self._sequences)]
-        return [event for event in events if event]
+        return [self._fail(sequence, error) for sequence in list(self._sequences.values())]
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when there is nothing to run. Answer it with `apply`."""
@@ -95,10 +93,16 @@ class Scheduler:
 
     def apply(self, result: StepResult) -> list[TokenEvent]:
         """Take in the tokens of the last planned step; one event per row that sampled."""
+        if result.step != self._step:
+            raise ValueError(f"the result of step {result.step} came for step {self._step}")
         events = []
         for (sequence, row), token in zip(self._planned, result.token_ids, strict=True):
             if self._sequences.get(sequence.request.request_id) is not sequence:
                 continue  # aborted while the step ran
+            if row.sample and token < 0:
+                # Before its blocks are registered: nobody else is to inherit this KV.
+                events.append(self._fail(sequence, "the model gave no valid next token"))
+                continue
             sequence.num_computed += row.num_tokens
             self._register_blocks(sequence, row)
             if row.sample:
@@ -112,6 +116,8 @@ class Scheduler:
             return f"request id {request.request_id} is in use"
         if not request.prompt_ids:
             return "the prompt has no tokens"
+        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self.limits.vocab_size:
+            return f"the prompt has a token outside the model's vocabulary of {self.limits.vocab_size}"
         if request.max_tokens < 1:
             return "max_tokens must be at least 1"
         if len(request.prompt_ids) + request.max_tokens > self.limits.max_model_len:
@@ -204,6 +210,10 @@ class Scheduler:
         if reason:
             self._remove(sequence)
         return TokenEvent(sequence.request.request_id, [token], reason, sequence.num_cached or 0)
+
+    def _fail(self, sequence: Sequence, error: str) -> TokenEvent:
+        self._remove(sequence)
+        return TokenEvent(sequence.request.request_id, [], "error", sequence.num_cached or 0, error)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1

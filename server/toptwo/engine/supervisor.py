@@ -1,7 +1,6 @@
 """Keeps an engine process alive: start it, connect the client, restart it when it dies, give up in time.
 
-Knows processes and the client; must not know what the engine process does inside. The child gets its
-configuration as one line on standard input, and takes the end of that pipe as its parent's death.
+Knows processes and the client; must not know what the engine process does inside.
 """
 
 from __future__ import annotations
@@ -10,13 +9,16 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
 from toptwo.engine.client import EngineClient
+from toptwo.engine.process import read_explanation
 from toptwo.errors import StartupError
+from toptwo.messages import EngineInfo
 
 log = structlog.get_logger()
 
@@ -29,23 +31,37 @@ class RestartPolicy:
     window: float = 60.0
 
 
+PATIENT = RestartPolicy()
+
+
+@dataclass(frozen=True)
+class EngineCommand:
+    """How to start an engine process; the path of its socket is added to the arguments.
+
+    configure: its configuration, one line for its standard input. It is given what the first engine
+        resolved its settings to, once that is known, so that a restart changes nothing.
+    """
+
+    arguments: list[str]
+    environment: dict[str, str]
+    configure: Callable[[EngineInfo | None], bytes]
+
+
 class Supervisor:
-    """Runs `command` with `config` on its standard input, as long as it is wanted.
+    """Runs an engine as long as it is wanted.
 
     run_dir: private directory for the sockets; each process gets a new one, so that nothing of a
     dead engine can reach its successor's clients.
     """
 
-    def __init__(
-        self, command: list[str], config: bytes, run_dir: Path, policy: RestartPolicy = RestartPolicy()
-    ) -> None:
+    def __init__(self, command: EngineCommand, run_dir: Path, policy: RestartPolicy = PATIENT) -> None:
         self.client = EngineClient()
         self._command = command
-        self._config = config
         self._run_dir = run_dir
         self._policy = policy
         self._crashes: deque[float] = deque(maxlen=policy.max_crashes)
         self._generation = 0
+        self._first_info: EngineInfo | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
 
@@ -55,14 +71,15 @@ class Supervisor:
         return self._process.pid if self._process and self._process.returncode is None else None
 
     async def run(self) -> None:
-        """Until `stop`. Raises StartupError when an engine never got ready, or keeps dying."""
+        """Until `stop`. Raises StartupError when the first engine cannot start, or engines keep dying."""
         while not self._stopping:
-            was_ready, status = await self._run_once()
+            status, reason = await self._run_once()
             if self._stopping:  # set by `stop` while the process ran
                 return  # type: ignore[unreachable]
-            if not was_ready:
-                raise StartupError(f"the engine could not start (exit status {status})")
-            log.error("engine died", status=status)
+            reason = reason or f"the engine ended with status {status}"
+            if self._first_info is None:
+                raise StartupError(reason)
+            log.error("engine died", reason=reason)
             self._crashes.append(time.monotonic())
             if len(self._crashes) == self._policy.max_crashes and self._within_window():
                 raise StartupError(
@@ -87,12 +104,16 @@ class Supervisor:
     def _within_window(self) -> bool:
         return self._crashes[-1] - self._crashes[0] <= self._policy.window
 
-    async def _run_once(self) -> tuple[bool, int]:
-        """One engine process from start to end: (whether it got ready, its exit status)."""
+    async def _run_once(self) -> tuple[int, str | None]:
+        """One engine process from start to end: its exit status, and its own word on why it failed."""
         self._generation += 1
         path = self._run_dir / f"engine-{self._generation}.sock"
         process = await asyncio.create_subprocess_exec(
-            *self._command, str(path), stdin=asyncio.subprocess.PIPE
+            *self._command.arguments,
+            str(path),
+            stdin=asyncio.subprocess.PIPE,
+            env=self._command.environment,
+            start_new_session=True,  # a terminal's Ctrl-C is for the parent alone
         )
         self._process = process
         if self._stopping:  # `stop` came while the process was being started, and saw none to end
@@ -100,11 +121,12 @@ class Supervisor:
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died at once
                 assert process.stdin is not None  # noqa: S101
-                process.stdin.write(self._config + b"\n")
+                process.stdin.write(self._command.configure(self._first_info) + b"\n")
                 await process.stdin.drain()
             await self.client.connect(path)
             status = await process.wait()
-            return self.client.ready.is_set(), status
+            self._first_info = self._first_info or self.client.info
+            return status, read_explanation(path)
         finally:
             await self.client.disconnect("the engine stopped while it worked on this request")
             path.unlink(missing_ok=True)

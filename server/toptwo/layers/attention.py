@@ -44,5 +44,5 @@ class Attention:
         k_cache, v_cache = step.kv_cache[self.layer]
         self.ops.write_kv(k_TMD, v_TMD, k_cache, v_cache, step.slots_T)
         scale = heads.head_dim**-0.5
-        attended = self.ops.attention(q_TND.contiguous(), k_cache, v_cache, step.attention_plan, scale)
+        attended = self.ops.attention(q_TND, k_cache, v_cache, step.attention_plan, scale)
         return self.out(attended.flatten(1))

@@ -13,7 +13,7 @@ import torch
 from toptwo.messages import EngineInfo
 from toptwo.models.registry import read_config
 from toptwo.runtime.batch import SlotTable
-from toptwo.runtime.device import RuntimeConfig, resolve, resolve_dtype
+from toptwo.runtime.device import resolve, resolve_dtype
 from toptwo.runtime.kv_cache import allocate_kv_cache
 from toptwo.runtime.loader import Checkpoint, load_weights
 from toptwo.runtime.runner import Runner
@@ -26,7 +26,6 @@ class Runtime:
     """A loaded model, ready to run, and what its settings were resolved to."""
 
     runner: Runner
-    config: RuntimeConfig
     info: EngineInfo
 
 
@@ -56,6 +55,7 @@ def build_runtime(
         quantization=config.quantization,
         backend=config.backend,
         num_threads=config.num_threads,
+        vocab_size=model_config.vocab_size,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=config.max_step_tokens,
@@ -67,4 +67,4 @@ def build_runtime(
         kv_cache_bytes=config.kv_cache_bytes,
         load_seconds=time.monotonic() - started,
     )
-    return Runtime(Runner(model, kv_cache, table, ops), config, info)
+    return Runtime(Runner(model, kv_cache, table, ops), info)

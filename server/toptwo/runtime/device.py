@@ -48,20 +48,8 @@ def resolve(
 ) -> RuntimeConfig:
     """The config that will run. `memory`: bytes available, by default what the system says.
 
-    Raises StartupError for what this version cannot do and for what cannot fit.
+    Raises StartupError for what cannot fit.
     """
-    if settings.device == "cuda":
-        raise StartupError("--device cuda: this version runs on CPUs only; use --device cpu or auto")
-    if settings.quantization not in ("auto", "none"):
-        raise StartupError(
-            f"--quantization {settings.quantization}: this version computes unquantised weights only; "
-            "use --quantization none or auto"
-        )
-    if settings.max_step_tokens < settings.max_num_seqs:
-        raise StartupError(
-            f"--max-step-tokens {settings.max_step_tokens} must be at least "
-            f"--max-num-seqs {settings.max_num_seqs}, or not every sequence could take a step"
-        )
     dtype = resolve_dtype(settings)
     free = (available_memory() if memory is None else memory) - weight_bytes
     if free < 0:
@@ -123,19 +111,42 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def available_memory() -> int:
-    """Bytes that can be had without swapping, within this container's limit if there is one."""
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that can be had without swapping, within this container's limit if there is one.
+
+    root: where /proc and /sys are; another place in tests.
+    """
     system = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
+    meminfo = root / "proc/meminfo"
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         system = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (_read_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    return system if limit is None or used is None else min(system, limit - used)
+    version_2, version_1 = root / "sys/fs/cgroup", root / "sys/fs/cgroup/memory"
+    for limit, used, statistics in (
+        (version_2 / "memory.max", version_2 / "memory.current", version_2 / "memory.stat"),
+        (
+            version_1 / "memory.limit_in_bytes",
+            version_1 / "memory.usage_in_bytes",
+            version_1 / "memory.stat",
+        ),
+    ):
+        most, now = _read_number(limit), _read_number(used)
+        if most is not None and now is not None:
+            system = min(system, most - now + _reclaimable(statistics))
+    return system
 
 
-def _read_number(path: str) -> int | None:
+def _reclaimable(statistics: Path) -> int:
+    """Bytes of file cache that count as used by the group and are given back on demand."""
     try:
-        return int(Path(path).read_text())
+        fields = dict(line.split() for line in statistics.read_text().splitlines())
+        return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return 0
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
     except (OSError, ValueError):  # no such controller, or the word "max"
         return None

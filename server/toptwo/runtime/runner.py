@@ -56,6 +56,6 @@ class Runner:
         tokens = sample_rows(logits_RV, batch.sampling_rows, self._table, self._ops)
         for row, token in zip(batch.sampling_rows, tokens, strict=True):
             end = row.start + row.num_tokens
-            if end < self._table.tokens.shape[1]:  # a full context takes no further token
+            if token >= 0 and end < self._table.tokens.shape[1]:  # a full context takes no further token
                 self._table.tokens[row.slot, end] = token
         return tokens
