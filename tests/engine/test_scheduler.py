@@ -56,7 +56,9 @@ class Harness:
                 self.ends[event.request_id] = event
 
     def step(self) -> bool:
+        oldest = self.scheduler._running[:1]
         plan = self.scheduler.plan()
+        assert self.scheduler._running[:1] == oldest or not oldest, "the oldest was preempted"
         if plan is None:
             return False
         self.take(*self.scheduler.apply(self.runner.execute(plan)))

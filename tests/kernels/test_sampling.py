@@ -81,6 +81,13 @@ def test_positions_of_one_seed_are_independent_uniforms() -> None:
     assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.02
 
 
+def test_the_uniform_is_that_of_the_seed_and_the_next_position() -> None:
+    flat = torch.zeros(VOCAB)  # so that the token is the uniform, in twelfths
+    for length in range(1, 12):
+        (token,) = sample([SamplingParams(seed=5)], flat, tokens=tuple(range(length)))
+        assert token == int(draw_uniform(5, length) * VOCAB)
+
+
 def test_a_draw_is_a_function_of_seed_and_position_alone() -> None:
     params = SamplingParams(seed=9, temperature=1.0)
     (alone,) = sample([params])
