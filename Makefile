@@ -6,6 +6,7 @@
 #   make lint                        ruff and mypy
 #   make bench                       decode speed over HTTP with 1 and 16 streams, and memory
 #   make bench-start                 seconds from a clone to the first token
+#   make bench-peers LLAMA_SERVER=path    beside llama.cpp's server, turn by turn
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
@@ -23,7 +24,7 @@ PORT =
 ARGS =
 
 .DELETE_ON_ERROR:
-.PHONY: serve test lint format bench bench-start clean help
+.PHONY: serve test lint format bench bench-start bench-peers clean help
 
 serve: $(VENV)/installed
 	@$(BIN)/toptwo serve $(if $(MODEL),"$(MODEL)") $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -46,11 +47,15 @@ bench: $(VENV)/installed-dev
 bench-start:
 	$(PYTHON) tests/bench/first_token.py
 
+bench-peers: $(VENV)/installed-dev
+	@test -n "$(LLAMA_SERVER)" || { echo "bench-peers needs llama.cpp's server: make bench-peers LLAMA_SERVER=path/to/llama-server" >&2; exit 1; }
+	$(BIN)/python tests/bench/peers.py --llama-server "$(LLAMA_SERVER)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
 clean:
 	rm -rf $(VENV) build
 
 help:
-	@sed -n '3,8s/^#  *//p' Makefile
+	@sed -n '3,9s/^#  *//p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

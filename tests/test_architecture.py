@@ -19,10 +19,12 @@ LEAVES = {"settings", "errors", "messages"}
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"launch", "__init__"},
+    "cli": {"launch", "bench", "model_commands", "__init__"},
     "launch": {"app", "api", "text", "telemetry", "engine", "source", "banner", "local_key"},
     "launch_engine": {"engine", "runtime", "telemetry"},
     "source": {"default_model"},
+    "model_commands": {"runtime", "models", "layers", "moe", "kernels", "source", "default_model", "text"},
+    "bench": {"local_key", "__init__"},
     "banner": {"local_key", "__init__"},
     "local_key": set(),
     "app": {"api", "text", "telemetry", "engine"},
@@ -40,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
 # settings explains its mistakes as a StartupError; otherwise leaves import nothing of ours.
 LEAF_IMPORTS = {"settings": {"errors"}, "errors": set(), "messages": set()}
 
-TORCH_FREE = ("engine", "api", "text", "telemetry", "app", "cli", "launch", "source", *LEAVES)
+TORCH_FREE = ("engine", "api", "text", "telemetry", "app", "cli", "launch", "source", "bench", *LEAVES)
 TRAINING_ONLY = SERVER / "default_model" / "train_router.py"
 
 
@@ -121,6 +123,7 @@ def test_an_engine_process_needs_no_api() -> None:
         ("toptwo.engine.engine", ["torch", "fastapi", "starlette", "numpy", "toptwo.runtime"]),
         ("toptwo.engine.supervisor", ["torch", "fastapi", "starlette", "numpy", "toptwo.runtime"]),
         ("toptwo.launch", ["torch", "transformers", "toptwo.runtime", "toptwo.models"]),
+        ("toptwo.bench.command", ["torch", "numpy", "fastapi", "matplotlib", "toptwo.engine", "toptwo.api"]),
     ],
 )
 def test_importing_brings_no_stranger_along(module: str, forbidden: list[str]) -> None:

@@ -1,19 +1,23 @@
 """The command `toptwo`: parse arguments into Settings, nothing else.
 
-The options of `serve` are made from the fields of `Settings`, so that a setting is declared once.
+The options of `serve` are made from the fields of `Settings`, so that a setting is declared once; those
+of `bench` from the fields of `BenchOptions`.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 from rich.console import Console
 
 from toptwo import __version__
+from toptwo.bench.options import BenchOptions, load_options
 from toptwo.errors import StartupError
-from toptwo.settings import Settings, flag_of, load_settings
+from toptwo.settings import Settings, load_settings
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -38,26 +42,54 @@ def serve(**options: Any) -> None:
     """
     from toptwo.launch import serve as run_server  # its imports take a second that --help can do without
 
-    flags = {name: value for name, value in options.items() if value not in (None, [], ())}
-    settings, sources = load_settings(flags)
+    settings, sources = load_settings(_given(options))
     run_server(settings, sources, Console())
 
 
-def _option_of(name: str) -> inspect.Parameter:
-    """A command-line option for a field of Settings; None when it is not given."""
-    field = Settings.model_fields[name]
-    default = "" if field.default in (None, (), False) else f" (default: {field.default})"
-    text = f"{field.description}{default}"
-    kind: Any = str  # Settings checks the value, so that flag and environment fail alike
-    if name == "model":
-        declared: Any = typer.Argument(help=text, metavar="[MODEL]", show_default=False)
+def bench(context: typer.Context, **options: Any) -> None:
+    """Measure an OpenAI-compatible server: throughput, latencies and errors under load.
+
+    Without a URL the embedded server is measured: toptwo bench --concurrency 1,4,16 -- MODEL --threads 2
+    """
+    from toptwo.bench.command import run_bench
+
+    serve_arguments = context.meta.get(_SERVE_ARGUMENTS, [])
+    raise typer.Exit(run_bench(load_options(_given(options)), serve_arguments, Console()))
+
+
+_SERVE_ARGUMENTS = "toptwo.serve_arguments"
+
+
+class _BeforeServeArguments(typer.core.TyperCommand):
+    """A command whose own arguments end at --; what follows is meant for `toptwo serve`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = args.index("--") if "--" in args else len(args)
+        ctx.meta[_SERVE_ARGUMENTS] = args[own + 1 :]
+        return super().parse_args(ctx, args[:own])
+
+
+def _given(options: dict[str, Any]) -> dict[str, object]:
+    """The options that were given on the command line."""
+    return {name: value for name, value in options.items() if value not in (None, [], ())}
+
+
+def _option_of(name: str, field: FieldInfo, argument: str) -> inspect.Parameter:
+    """A command-line option for a field; None when it is not given. argument: the field without a flag."""
+    unsaid = field.default is None or field.default == () or isinstance(field.default, bool)
+    text = f"{field.description}" if unsaid else f"{field.description} (default: {field.default})"
+    kind: Any = str  # the model checks the value, so that flag and environment fail alike
+    name = field.alias or name
+    flag = "--" + name.replace("_", "-")
+    if name == argument:
+        declared: Any = typer.Argument(help=text, metavar=name.upper(), show_default=False)
     elif field.annotation is bool:
-        kind, declared = bool, typer.Option(flag_of(name), help=text, show_default=False)
+        # What is on by default needs a way to switch it off.
+        flags = f"{flag}/--no-{flag.removeprefix('--')}" if field.default else flag
+        kind, declared = bool, typer.Option(flags, help=text, show_default=False)
     else:
-        kind = list[str] if name == "api_key" else str
-        declared = typer.Option(
-            flag_of(name), help=text, show_default=False, metavar=_metavar(field.annotation)
-        )
+        kind = list[str] if get_origin(field.annotation) is tuple else str
+        declared = typer.Option(flag, help=text, show_default=False, metavar=_metavar(field.annotation))
     annotation = Annotated[kind | None, declared]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -67,13 +99,46 @@ def _metavar(annotation: Any) -> str:
     if choices:
         return "|".join(choices)
     text = str(annotation)
-    names = {"int": "N", "float": "X", "Path": "PATH"}
+    names = {"Length": "N[:N]", "int": "N", "float": "X", "Path": "PATH"}
     return next((shown for key, shown in names.items() if key in text), "TEXT")
 
 
-serve.__signature__ = inspect.Signature([_option_of(name) for name in Settings.model_fields])  # type: ignore[attr-defined]
-serve.__annotations__ = {name: p.annotation for name, p in inspect.signature(serve).parameters.items()}
+def _declare(command: Any, options: list[inspect.Parameter]) -> None:
+    """Give a function that takes **options the parameters that typer is to see."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    command.__signature__ = inspect.Signature([*own, *options])
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *options]}
+
+
+_declare(serve, [_option_of(name, field, "model") for name, field in Settings.model_fields.items()])
 cli.command()(serve)
+_declare(bench, [_option_of(name, field, "url") for name, field in BenchOptions.model_fields.items()])
+cli.command(cls=_BeforeServeArguments)(bench)
+
+
+model_cli = typer.Typer(no_args_is_help=True, help="Work with a checkpoint.")
+cli.add_typer(model_cli, name="model")
+
+
+@model_cli.command("export")
+def export_model(
+    *,
+    model: Annotated[list[str] | None, typer.Argument(metavar="MODEL", show_default=False)] = None,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, like out.gguf.")],
+    kind: Annotated[
+        str, typer.Option("--type", metavar="bf16|q8_0|q4_0", help="Number format of the weights.")
+    ] = "q8_0",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
+) -> None:
+    """Write a model as a GGUF file that llama.cpp runs.
+
+    MODEL is a checkpoint directory or hub id; without it, the embedded default model is exported.
+    """
+    from toptwo.model_commands.export import export  # it brings torch, which the API process does without
+
+    if len(model or ()) > 1:
+        raise typer.BadParameter("give one MODEL and one OUT")
+    export(model[0] if model else None, out, kind, force, Console())
 
 
 def main() -> None:

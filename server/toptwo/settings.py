@@ -122,6 +122,14 @@ def environment_without_settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
 
 
+def client_key() -> tuple[str, str] | None:
+    """The key with which a client of any server is to identify itself, and the variable that holds it."""
+    for name in (f"{ENV_PREFIX}API_KEY", "OPENAI_API_KEY"):
+        if key := os.environ.get(name, "").split(",")[0].strip():  # of several accepted keys, the first
+            return key, name
+    return None
+
+
 def unknown_variables() -> list[str]:
     """Variables that look like settings and are none: misspelt ones would be ignored in silence."""
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}

@@ -143,6 +143,27 @@ async def test_an_ordinary_token_that_ends_the_answer_is_not_shown(
     assert "".join(delta.text for delta in deltas) == "hello"
 
 
+async def test_ignore_eos_leaves_the_engine_no_token_to_stop_at(
+    http: httpx2.AsyncClient, engine: FakeEngine, model: ServedModel
+) -> None:
+    engine.script = Script(token_ids=model.tokenizer.encode(["hello<|im_end|> wo"]), finish="length")
+    body = (await http.post(URL, json=chat(ignore_eos=True))).json()
+    assert body["choices"][0]["message"]["content"] == "hello wo"
+    assert body["choices"][0]["finish_reason"] == "length"
+    for value in (False, None):
+        await http.post(URL, json=chat(ignore_eos=value))
+    stops = list(model.stop_token_ids)
+    assert [request.stop_token_ids for request in engine.requests] == [[], stops, stops]
+    error = (await http.post(URL, json=chat(ignore_eos=1))).json()["error"]
+    assert error["param"] == "ignore_eos"
+
+
+async def test_stop_strings_hold_with_ignore_eos(http: httpx2.AsyncClient, engine: FakeEngine) -> None:
+    body = (await http.post(URL, json=chat(ignore_eos=True, stop="lo"))).json()
+    assert body["choices"][0]["message"]["content"] == "hel"
+    assert body["choices"][0]["finish_reason"] == "stop"
+
+
 async def test_harmless_fields_are_named_to_the_caller(http: httpx2.AsyncClient) -> None:
     body = chat(
         user="u",

@@ -85,7 +85,7 @@ async def prepare(
         prompt_ids=prompt_ids,
         sampling=_sampling(chat),
         max_tokens=_fit(len(prompt_ids), chat.most_tokens, max_model_len),
-        stop_token_ids=list(model.stop_token_ids),
+        stop_token_ids=[] if chat.ignore_eos else list(model.stop_token_ids),
         cache_scope=ticket.cache_scope,
     )
     return GenerationJob(request, chat.stops)

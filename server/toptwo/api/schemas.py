@@ -114,6 +114,7 @@ class ChatCompletionRequest(StrictModel):
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     stop: Stop | None = None
+    ignore_eos: bool | None = Field(None, description="Generate on past the token that ends an answer.")
     seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
