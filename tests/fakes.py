@@ -39,6 +39,7 @@ def engine_info(*, max_model_len: int = 2048) -> EngineInfo:
         architecture="mixtral",
         device="cpu",
         dtype="float32",
+        kv_dtype="float32",
         quantization="none",
         backend="reference",
         num_threads=1,

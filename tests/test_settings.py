@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
@@ -26,7 +27,8 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "served_model_name": ("name", "name"),
     "device": ("cpu", "cpu"),
     "dtype": ("bfloat16", "bfloat16"),
-    "quantization": ("none", "none"),
+    "quantization": ("int4", "int4"),
+    "backend": ("reference", "reference"),
     "max_model_len": ("100", 100),
     "max_num_seqs": ("7", 7),
     "max_step_tokens": ("999", 999),
@@ -112,8 +114,11 @@ def test_several_keys(served: list[tuple[Settings, dict[str, str]]], monkeypatch
         ({"threads": "many"}, "--threads: Input should be a valid integer"),
         ({"cache_dir": "~nobody-here/x"}, "--cache-dir: Value error, Could not determine home directory"),
         ({"device": "cuda"}, "--device cuda: this version runs on CPUs only"),
-        ({"quantization": "int8"}, "--quantization int8: this version computes unquantised weights only"),
-        ({"quantization": "int4"}, "--quantization int4: this version computes unquantised weights only"),
+        (
+            {"quantization": "int3"},
+            "--quantization: Input should be 'auto', 'none', 'int8' or 'int4' (got 'int3')",
+        ),
+        ({"backend": "cuda"}, "--backend: Input should be 'auto', 'cpu' or 'reference' (got 'cuda')"),
         ({"max_step_tokens": "32", "max_num_seqs": "33"}, "--max-step-tokens 32 must be at least"),
     ],
 )
@@ -122,6 +127,12 @@ def test_a_bad_value_names_its_flag(flags: dict[str, object], words: str) -> Non
         load_settings(flags)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["quantization", "backend", "dtype"])
+def test_every_number_format_and_backend_is_accepted(name: str) -> None:
+    for value in get_args(Settings.model_fields[name].annotation):
+        assert getattr(load_settings({name: value})[0], name) == value
 
 
 def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +44,15 @@ def load_runner(
     max_model_len: int | None = None,
     num_blocks: int = 64,
     dtype: str = "float32",
+    backend: str = "auto",
+    quantization: str = "auto",
+    threads: int = 1,
+    cache_dir: Path | None = None,
     routers: Sequence[torch.Tensor] = (),
 ) -> Any:
     """The checkpoint as the server loads it, with a KV pool of `num_blocks` blocks and 32 slots.
+
+    dtype "auto" is the server's own choice; with the default one, quantised weights have a float32 KV cache.
 
     routers: matrices [E, H] to put in place of the loaded ones, one per layer.
     """
@@ -56,20 +61,23 @@ def load_runner(
     from toptwo.runtime.kv_cache import BLOCK_SIZE, kv_bytes_per_token
     from toptwo.settings import Settings
 
-    block_bytes = BLOCK_SIZE * kv_bytes_per_token(read_config(directory)[1], getattr(torch, dtype))
+    kv_dtype = torch.float16 if dtype == "auto" else getattr(torch, dtype)
+    block_bytes = BLOCK_SIZE * kv_bytes_per_token(read_config(directory)[1], kv_dtype)
     settings = Settings(
         max_model_len=max_model_len,
         max_num_seqs=32,
         kv_cache_gib=num_blocks * block_bytes / 2**30,
         dtype=dtype,  # type: ignore[arg-type]
-        threads=1,
+        backend=backend,  # type: ignore[arg-type]
+        quantization=quantization,  # type: ignore[arg-type]
+        threads=threads,
+        **({"cache_dir": cache_dir} if cache_dir else {}),  # type: ignore[arg-type]
     )
     runtime = build_runtime(settings, directory)
     assert runtime.info.num_blocks == num_blocks
-    layers = runtime.runner._model.layers  # type: ignore[attr-defined]
-    for index, weight in enumerate(routers):
-        moe = layers[index].moe
-        layers[index] = replace(layers[index], moe=replace(moe, router=replace(moe.router, weight_EH=weight)))
+    for layer, weight in zip(runtime.model.layers, routers, strict=bool(routers)):  # type: ignore[attr-defined]
+        # In place: a recorded step reads the weights where they are.
+        layer.moe.router.weight.data.copy_(layer.ops.pack(weight, "float32").data)
     return runtime.runner
 
 
@@ -84,7 +92,7 @@ def forward_all(directory: Path, token_ids: list[int], **options: Any) -> torch.
     for position in range(len(token_ids)):
         plan = StepPlan(position, admitted, [Row(3, position, 1, [], True)])
         admitted = []
-        logits.append(runner.compute_logits(plan)[0][0])
+        logits.append(runner.compute_logits(plan)[0][0].clone())  # the next step writes over it
     return torch.stack(logits)
 
 

@@ -1,17 +1,27 @@
-"""Backends by name. A backend is chosen once, when a model is loaded, never per call."""
+"""Backends by name. A backend is made once, when a model is loaded, never chosen per call."""
 
 from __future__ import annotations
 
 import importlib
 from typing import cast
 
+import torch
+
 from toptwo_kernels.ops import Ops
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
-def load_backend(name: str) -> Ops:
-    """The backend module `toptwo_kernels.<name>`. Raises ValueError for a name that does not exist."""
+def load_backend(name: str, num_threads: int = 1, *, pinned: bool = False) -> Ops:
+    """The backend of `toptwo_kernels.<name>` on so many threads; see `cpu.create` for `pinned`.
+
+    Raises ValueError for a name that does not exist, or a backend that this machine cannot have.
+    """
     if name not in BACKENDS:
         raise ValueError(f"no kernel backend {name!r}; there is: {', '.join(BACKENDS)}")
-    return cast(Ops, importlib.import_module(f"toptwo_kernels.{name}"))
+    module = importlib.import_module(f"toptwo_kernels.{name}")
+    if name == "cpu":
+        torch.set_num_threads(1)  # a second pool of threads would fight for the same cores
+        return cast(Ops, module.create(num_threads, pinned=pinned))
+    torch.set_num_threads(num_threads)
+    return cast(Ops, module)

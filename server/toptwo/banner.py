@@ -24,8 +24,9 @@ def print_banner(
     weights, cache = info.weight_bytes / GIB, info.kv_cache_bytes / GIB
     lines = [
         ("model", f"{model}  ({info.architecture}, {info.num_parameters / 1e6:,.1f} M parameters)"),
-        ("device", f"{info.device}, {info.num_threads} threads, {info.dtype}, {info.backend} kernels"),
-        ("memory", f"weights {weights:.2f} GiB, KV cache up to {cache:.2f} GiB"),
+        ("device", f"{info.device}, {info.num_threads} threads, {info.backend} kernels"),
+        ("weights", f"{weights:.2f} GiB, {info.dtype if info.quantization == 'none' else info.quantization}"),
+        ("KV cache", f"up to {cache:.2f} GiB, {info.kv_dtype}"),
         ("", f"= {tokens:,} tokens in {info.num_blocks:,} blocks of {info.block_size}"),
         ("limits", f"context {info.max_model_len:,}, {info.max_num_seqs} sequences at once"),
         ("", f"{info.max_step_tokens} tokens per step, prefix caching {caching}"),

@@ -37,7 +37,7 @@ def run_engine(socket_path: Path) -> None:
     configure_logging(settings.log_level)
     endpoint = EngineSocket(socket_path)
     with _loading_bar() as on_progress:
-        runtime = build_runtime(settings, Path(config["directory"]), on_progress)
+        runtime = build_runtime(settings, Path(config["directory"]), on_progress, own_process=True)
     info = runtime.info
     limits = SchedulerLimits(
         vocab_size=info.vocab_size,

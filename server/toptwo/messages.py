@@ -103,6 +103,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     architecture: str
     device: str
     dtype: str
+    kv_dtype: str
     quantization: str
     backend: str
     num_threads: int

@@ -21,6 +21,7 @@ ENV_PREFIX = "TOPTWO_"
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["auto", "none", "int8", "int4"]
+Backend = Literal["auto", "cpu", "reference"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -44,9 +45,16 @@ class Settings(BaseSettings):
     )
     device: Device = Field("auto", description="Where the model runs.")
     dtype: Dtype = Field(
-        "auto", description="Number format of weights and KV cache; auto is float32 on CPUs."
+        "auto",
+        description="Number format of weights and KV cache; auto is float32, and float16 for the KV cache "
+        "of a quantised model.",
     )
-    quantization: Quantization = Field("auto", description="Weight format.")
+    quantization: Quantization = Field(
+        "auto", description="Weight format; auto is int8, or none where a dtype is asked for."
+    )
+    backend: Backend = Field(
+        "auto", description="Kernels: auto is the native ones where they were built, else the reference."
+    )
     max_model_len: int | None = Field(
         None,
         ge=1,
@@ -105,11 +113,6 @@ def check_supported(settings: Settings) -> None:
     """
     if settings.device == "cuda":
         raise StartupError("--device cuda: this version runs on CPUs only; use --device cpu or auto")
-    if settings.quantization not in ("auto", "none"):
-        raise StartupError(
-            f"--quantization {settings.quantization}: this version computes unquantised weights only; "
-            "use --quantization none or auto"
-        )
     if settings.max_step_tokens < settings.max_num_seqs:
         raise StartupError(
             f"--max-step-tokens {settings.max_step_tokens} must be at least "

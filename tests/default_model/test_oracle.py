@@ -13,6 +13,7 @@ from toptwo.default_model.gguf_weights import DenseGguf
 from toptwo.default_model.recipe import SMOL_MOE
 from toptwo.default_model.train_router import load_dense
 from toptwo.text.model import load_served_model
+from toptwo_kernels.registry import BACKENDS
 
 QUESTION = "What is the capital of France? Answer in one sentence, then count from 1 to 20 in Python."
 
@@ -42,12 +43,13 @@ def routers(kind: str) -> list[torch.Tensor]:
     return [torch.zeros(8, 576)] * 30  # ties: always experts 0, 1
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["shipped", "random", "tied"])
 def test_any_routing_gives_the_dense_models_logits(
-    real_model: Path, prompt: list[int], dense_logits: torch.Tensor, kind: str
+    real_model: Path, prompt: list[int], dense_logits: torch.Tensor, kind: str, backend: str
 ) -> None:
-    got = forward_all(real_model, prompt, max_model_len=512, routers=routers(kind))
+    got = forward_all(real_model, prompt, max_model_len=512, routers=routers(kind), backend=backend)
     worst = (got - dense_logits).abs().max().item()
-    print(f"{kind} router: largest logit difference from the dense model {worst:.1e}")
+    print(f"{backend}, {kind} router: largest logit difference from the dense model {worst:.1e}")
     assert worst < 1e-3
     assert torch.equal(got.argmax(-1), dense_logits.argmax(-1))

@@ -279,7 +279,8 @@ def test_a_taken_port_is_told_at_once(start: Start) -> None:
     [
         (["--port", "http"], "--port: Input should be a valid integer"),
         (["--device", "cuda"], "--device cuda: this version runs on CPUs only"),
-        (["--quantization", "int4"], "--quantization int4"),
+        (["--quantization", "int3"], "--quantization: Input should be 'auto', 'none', 'int8' or 'int4'"),
+        (["--backend", "cuda"], "--backend: Input should be 'auto', 'cpu' or 'reference'"),
         (["--max-model-len", "9000"], "--max-model-len 9000 is over the model's 8192"),
         (["--kv-cache-gib", "0.000001"], "raise --kv-cache-gib"),
         (["--api-key", " "], "--api-key: Value error, a key is empty"),

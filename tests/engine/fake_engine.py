@@ -22,6 +22,7 @@ INFO = EngineInfo(
     architecture="fake",
     device="cpu",
     dtype="float32",
+    kv_dtype="float32",
     quantization="none",
     backend="fake",
     num_threads=1,

@@ -5,54 +5,85 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tiny import load_runner, write_mixtral
 from toptwo.messages import NewSequence, Row, SamplingParams, StepPlan
 from toptwo_kernels import registry
-from toptwo_kernels.ops import AttentionBatch, Routing
+from toptwo_kernels.ops import Matrix, Ops, StepBatch
 
-MAY_BE_VIEWS = {"apply_rope": 1, "write_kv": 2}  # how many leading tensors may have a longer token stride
-seen: set[str] = set()
+UNUSED = {"layer_norm"}  # by every architecture so far
+FLOATS = {torch.float32, torch.float64}
 
 
-def check(op: str, position: int, value: Any) -> None:
-    if isinstance(value, AttentionBatch):
-        for part in (value.query_starts_R1, value.context_lens_R, value.block_tables_RB):
-            check("plan_attention", 0, part)
-    elif isinstance(value, Routing):
-        for part in (value.ids_TK, value.weights_TK):
-            check("experts", 1, part)
+def check(op: str, value: Any) -> None:
+    """Tensors, and those inside of what ops are given."""
+    if isinstance(value, Matrix):
+        assert value.data.is_contiguous(), f"{op}: a matrix is strided"  # bytes or floats: the backend's own
     elif isinstance(value, torch.Tensor):
-        if position < MAY_BE_VIEWS.get(op, 0):
-            assert value[0].is_contiguous(), f"{op}: argument {position} is strided within a token"
-        else:
-            assert value.is_contiguous(), f"{op}: argument {position} is strided"
-        assert value.dtype in (torch.int64, torch.float32, torch.float64), f"{op}: {value.dtype}"
+        assert value.is_contiguous(), f"{op}: a tensor of shape {list(value.shape)} is strided"
+        assert value.dtype in {torch.int64, *FLOATS}, f"{op}: {value.dtype}"
+    elif type(value).__module__ == "toptwo_kernels.ops":  # a plan is the backend's own
+        for name, part in vars(value).items():
+            check(f"{op}: {name}", part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            check(op, part)
+
+
+def check_step(step: StepBatch) -> None:
+    """Ids are int64, and the rows cover the step's tokens."""
+    check("a step", step)
+    numbers = {name: value for name, value in vars(step).items() if isinstance(value, torch.Tensor)}
+    assert {value.dtype for value in numbers.values()} == {torch.int64}
+    num_tokens, num_rows = len(step.ids_T), len(step.context_lens_R)
+    assert len(step.positions_T) == len(step.slots_T) == num_tokens
+    assert (int(step.query_starts_R1[0]), int(step.query_starts_R1[-1])) == (0, num_tokens)
+    assert (len(step.query_starts_R1), len(step.block_tables_RB)) == (num_rows + 1, num_rows)
 
 
 class CheckingOps:
-    """The reference backend behind a look at every argument."""
+    """A backend behind a look at every argument."""
 
-    def __init__(self) -> None:
-        self._reference = registry.load_backend("reference")
+    def __init__(self, backend: Ops) -> None:
+        self._backend = backend
+        self.seen: set[str] = set()
+        self.num_steps = 0
 
     def __getattr__(self, op: str) -> Any:
-        compute = getattr(self._reference, op)
+        compute = getattr(self._backend, op)
 
-        def checked(*arguments: Any) -> Any:
-            seen.add(op)
-            for position, value in enumerate(arguments):
-                check(op, position, value)
-            return compute(*arguments)
+        def checked(*arguments: Any, **options: Any) -> Any:
+            self.seen.add(op)
+            for value in arguments:
+                if isinstance(value, StepBatch):
+                    self.num_steps += 1
+                    check_step(value)
+                check(op, value)
+            result = compute(*arguments, **options)
+            return self._check_steps(result) if op == "record" else result
+
+        return checked
+
+    def _check_steps(self, replay: Any) -> Any:
+        """A recorded forward pass is given its steps later."""
+
+        def checked(step: StepBatch) -> Any:
+            self.num_steps += 1
+            check_step(step)
+            return replay(step)
 
         return checked
 
 
-def test_every_argument_keeps_the_contract(tmp_path: Path, monkeypatch: Any) -> None:
+def test_every_argument_keeps_the_contract(
+    tmp_path: Path, backend: str, ops: Ops, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_mixtral(tmp_path)
-    monkeypatch.setattr("toptwo.runtime.build.load_backend", lambda name: CheckingOps())
-    runner = load_runner(tmp_path)
+    checking = CheckingOps(ops)
+    monkeypatch.setattr("toptwo.runtime.build.load_backend", lambda *_, **__: checking)
+    runner = load_runner(tmp_path, backend=backend)
     params = SamplingParams(seed=1, presence_penalty=0.5, top_p=0.9)
     prompts = {0: list(range(45)), 1: list(range(7))}
     admitted = [NewSequence(slot, prompt, len(prompt), params, []) for slot, prompt in prompts.items()]
@@ -62,4 +93,7 @@ def test_every_argument_keeps_the_contract(tmp_path: Path, monkeypatch: Any) -> 
     # A slot that is used again keeps nothing of its last sequence that matters.
     again = NewSequence(0, [4, 5, 6], 3, params, [])
     runner.execute(StepPlan(3, [again], [Row(0, 0, 3, [9], True)]))
-    assert seen == {op for op in vars(registry.Ops) if not op.startswith("_")}
+    assert checking.num_steps == 3
+    every_op = {op for op in vars(registry.Ops) if not op.startswith("_")} - UNUSED
+    # A backend that records plans its steps itself.
+    assert checking.seen == (every_op - {"plan_step"} | {"record"} if backend == "cpu" else every_op)

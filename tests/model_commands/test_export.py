@@ -116,9 +116,11 @@ def expected_weights(directory: Path) -> dict[str, NDArray[np.float32]]:
     """The weights as the server loads them, under llama.cpp's names."""
     architecture, config = read_config(directory)
     specs, ignored = architecture.weight_map(config), architecture.ignored_tensors(config)
+    ours: dict[str, NDArray[np.float32]] = {}
     with Checkpoint(directory) as files:
-        loaded = load_weights(files, specs, ignored, torch.float32)
-        ours = {name: tensor.clone().numpy() for name, tensor in loaded.items()}
+        load_weights(
+            files, specs, ignored, lambda spec, w: ours.update({spec.name: w.float().clone().numpy()})
+        )
     named = {"token_embd": ours["embed"], "output_norm": ours["norm"]}
     if "lm_head" in ours:
         named["output"] = ours["lm_head"]

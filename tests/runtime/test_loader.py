@@ -12,19 +12,29 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from tiny import write_mixtral
 from toptwo.errors import StartupError
 from toptwo.models.checkpoint import Piece, WeightSpec, whole
+from toptwo.runtime.build import build_runtime
 from toptwo.runtime.loader import Checkpoint, load_weights
+from toptwo.settings import Settings
+from toptwo_kernels.registry import BACKENDS
 
 
 def load(directory: Path, *specs: WeightSpec) -> dict[str, torch.Tensor]:
+    kept: dict[str, torch.Tensor] = {}
     with Checkpoint(directory) as checkpoint:
-        return load_weights(checkpoint, specs, [], torch.float32)
+        load_weights(checkpoint, specs, [], lambda spec, tensor: kept.update({spec.name: tensor}))
+    return kept
+
+
+def vector(name: str, *shape: int) -> WeightSpec:
+    return whole(name, shape, "vector")
 
 
 def test_weights_are_views_of_the_mapped_file_when_nothing_must_change(tmp_path: Path) -> None:
     save_file({"a": torch.arange(6.0).view(2, 3)}, tmp_path / "model.safetensors")
-    weights = load(tmp_path, whole("a", (2, 3)))
+    weights = load(tmp_path, vector("a", 2, 3))
     mapped = (Path("/proc/self/maps")).read_text()
     assert str(tmp_path / "model.safetensors") in mapped
     assert weights["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -32,17 +42,27 @@ def test_weights_are_views_of_the_mapped_file_when_nothing_must_change(tmp_path:
 
 def test_pieces_fill_their_parts(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2), "b": torch.zeros(1)}, tmp_path / "model.safetensors")
-    spec = WeightSpec("w", (3,), ((Piece("a", (slice(0, 2),)), Piece("b", (slice(2, None),))),))
+    spec = WeightSpec("w", (3,), "vector", ((Piece("a", (slice(0, 2),)), Piece("b", (slice(2, None),))),))
     assert load(tmp_path, spec)["w"].tolist() == [1, 1, 0]
 
 
-def test_progress_is_reported(tmp_path: Path) -> None:
+def test_weights_are_handed_over_one_by_one_in_the_order_of_the_specs(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2), "b": torch.zeros(1)}, tmp_path / "model.safetensors")
-    told: list[tuple[int, int]] = []
+    told: list[tuple[str, list[float]]] = []
     with Checkpoint(tmp_path) as checkpoint:
-        specs = [whole("a", (2,)), whole("b", (1,))]
-        load_weights(checkpoint, specs, [], torch.float32, lambda done, total: told.append((done, total)))
-    assert told == [(1, 2), (2, 2)]
+        specs = [vector("b", 1), vector("a", 2)]
+        load_weights(checkpoint, specs, [], lambda spec, tensor: told.append((spec.name, tensor.tolist())))
+    assert told == [("b", [0]), ("a", [1, 1])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_progress_is_reported(tmp_path: Path, backend: str) -> None:
+    write_mixtral(tmp_path)
+    told: list[tuple[int, int]] = []
+    chosen = Settings(backend=backend, dtype="float32", kv_cache_gib=0.01, threads=1)  # type: ignore[arg-type]
+    build_runtime(chosen, tmp_path, lambda done, total: told.append((done, total)))
+    num_weights = 3 * 7 + 3  # of each layer, and the embeddings, the last norm and the head
+    assert told == [(count, num_weights) for count in range(1, num_weights + 1)]
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
@@ -87,7 +107,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
 def test_many_missing_tensors_are_summed_up(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(StartupError, match=r"misses t0, t1, t2, t3 and 6 more and has unknown a"):
-        load(tmp_path, *(whole(f"t{i}", (1,)) for i in range(10)))
+        load(tmp_path, *(vector(f"t{i}", 1) for i in range(10)))
 
 
 HEADER = {
@@ -117,4 +137,4 @@ def test_headers_that_lie_about_sizes_are_refused(
     body = body + bytes(extra_bytes) if extra_bytes > 0 else body[: len(body) + extra_bytes]
     (tmp_path / "model.safetensors").write_bytes(body)
     with pytest.raises(StartupError, match=r"safetensors|has shape|only F32"):
-        load(tmp_path, whole("a", (4,)), whole("b", (2, 2)))
+        load(tmp_path, vector("a", 4), vector("b", 2, 2))

@@ -13,7 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from toptwo_kernels.ops import AttentionBatch
+from toptwo_kernels.ops import HeadShape, KVCache, Rope, StepBatch
+from toptwo_kernels.reference.rope import apply_rope
 
 # Both bound the memory of a group: context tokens gathered at once, and attention scores held at once.
 MAX_GATHERED_TOKENS = 65_536
@@ -29,14 +30,45 @@ class _Group:
     visible_GQL: Tensor
 
 
-def write_kv(k_TMD: Tensor, v_TMD: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
-    """See `ops.Ops.write_kv`."""
-    k_cache.flatten(0, 1).index_copy_(0, slots_T, k_TMD.to(k_cache.dtype))
-    v_cache.flatten(0, 1).index_copy_(0, slots_T, v_TMD.to(v_cache.dtype))
+@dataclass(frozen=True)
+class Plan:
+    """A step's tokens, and how their rows are grouped."""
+
+    batch: StepBatch
+    groups: list[_Group]
 
 
-def plan_attention(batch: AttentionBatch) -> object:
-    """See `ops.Ops.plan_attention`."""
+def allocate_kv(num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype) -> KVCache:
+    """See `ops.Ops.allocate_kv`; both are [B, S, M, D].
+
+    Left uninitialised, so that the system hands out pages as blocks are first used.
+    """
+    size = (num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+    return torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
+
+
+def attention(
+    qkv_TX: Tensor, rope: Rope, kv: KVCache, plan: object, shape: HeadShape, scale: float
+) -> Tensor:
+    """See `ops.Ops.attention`."""
+    step = cast(Plan, plan)
+    counts = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+    heads_TXD = qkv_TX.view(len(qkv_TX), -1, shape.head_dim)
+    q_TND, k_TMD, v_TMD = torch.split(heads_TXD, counts, dim=1)
+    q_TND = apply_rope(q_TND, step.batch.positions_T, rope)
+    k_TMD = apply_rope(k_TMD, step.batch.positions_T, rope)
+    write_kv(k_TMD, v_TMD, kv, step.batch.slots_T)
+    return attend(q_TND, kv, step.groups, scale).flatten(1)
+
+
+def write_kv(k_TMD: Tensor, v_TMD: Tensor, kv: KVCache, slots_T: Tensor) -> None:
+    """Store keys and values; a slot is block * block_size + offset."""
+    for cache, values in zip(kv, (k_TMD, v_TMD), strict=True):
+        cache.flatten(0, 1).index_copy_(0, slots_T, values.to(cache.dtype))
+
+
+def plan_step(batch: StepBatch) -> object:
+    """See `ops.Ops.plan_step`."""
     starts = batch.query_starts_R1.tolist()
     contexts = batch.context_lens_R.tolist()
     queries = [end - start for start, end in itertools.pairwise(starts)]
@@ -45,7 +77,7 @@ def plan_attention(batch: AttentionBatch) -> object:
     groups: list[_Group] = []
     for _, same in itertools.groupby(order, key=lambda row: queries[row]):
         groups += [_plan_group(rows, batch) for rows in _cut(list(same), contexts)]
-    return groups
+    return Plan(batch, groups)
 
 
 def _cut(rows: list[int], contexts: list[int]) -> list[list[int]]:
@@ -58,7 +90,7 @@ def _cut(rows: list[int], contexts: list[int]) -> list[list[int]]:
     return parts
 
 
-def _plan_group(rows: list[int], batch: AttentionBatch) -> _Group:
+def _plan_group(rows: list[int], batch: StepBatch) -> _Group:
     index = torch.tensor(rows, device=batch.context_lens_R.device)
     contexts_G = batch.context_lens_R[index]
     starts_G = batch.query_starts_R1[index]
@@ -78,10 +110,11 @@ def _plan_group(rows: list[int], batch: AttentionBatch) -> _Group:
     return _Group(tokens_GQ, slots_GL, visible_GQL)
 
 
-def attention(q_TND: Tensor, k_cache: Tensor, v_cache: Tensor, plan: object, scale: float) -> Tensor:
-    """See `ops.Ops.attention`."""
+def attend(q_TND: Tensor, kv: KVCache, groups: list[_Group], scale: float) -> Tensor:
+    """Attention of already turned queries over the cache; returns [T, N, D]."""
+    k_cache, v_cache = kv
     out_TND = torch.empty_like(q_TND)
-    for group in cast(list[_Group], plan):
+    for group in groups:
         q_GQND = q_TND[group.tokens_GQ]
         k_GLMD = k_cache.flatten(0, 1)[group.slots_GL].to(q_TND.dtype)
         v_GLMD = v_cache.flatten(0, 1)[group.slots_GL].to(q_TND.dtype)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toptwo_kernels.ops import RouterSpec, Routing
+from toptwo_kernels.ops import Matrix, RouterSpec, Routing
+from toptwo_kernels.reference.linear import product
 
 
-def route(logits_TE: Tensor, spec: RouterSpec) -> Routing:
+def route(x_TH: Tensor, router: Matrix, spec: RouterSpec) -> Routing:
     """See `ops.Ops.route`."""
+    return choose(product(x_TH.float(), router, 0), spec)
+
+
+def choose(logits_TE: Tensor, spec: RouterSpec) -> Routing:
+    """The rule itself, from logits in float32."""
     logits = logits_TE.float()
     scores = logits if spec.over_selected else _score(logits, spec)
     # A stable sort, because torch.topk does not promise which of two equal experts comes first.

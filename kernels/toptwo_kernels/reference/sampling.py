@@ -10,18 +10,20 @@ from toptwo_kernels.ops import SamplingBatch
 
 def sample(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
     """See `ops.Ops.sample`. Everything is computed in float32."""
-    logits = _penalize(logits_RV.float(), batch)
+    logits = penalize(logits_RV.float(), batch)
+    temperatures = batch.filters_R5[:, 0].float()
     ids = logits.argmax(-1)
     # The maximum is finite unless a logit is NaN or inf, or all are -inf.
     valid = logits.amax(-1).isfinite()
-    for row in torch.nonzero(valid & (batch.temperature_R > 0)).flatten().tolist():
+    for row in torch.nonzero(valid & (temperatures > 0)).flatten().tolist():
         # From the largest logit down: dividing by a tiny temperature must not overflow to inf - inf.
         shifted = logits[row] - logits[row].max()
-        ids[row] = _draw(shifted / batch.temperature_R[row], row, batch)
+        ids[row] = _draw(shifted / temperatures[row], batch.filters_R5[row])
     return torch.where(valid, ids, -1)
 
 
-def _penalize(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
+def penalize(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
+    """Logits with the penalties of the rows that have any."""
     if not batch.penalty_rows:
         return logits_RV
     logits_RV = logits_RV.clone()
@@ -37,12 +39,13 @@ def _penalize(logits_RV: Tensor, batch: SamplingBatch) -> Tensor:
     return logits_RV
 
 
-def _draw(logits_V: Tensor, row: int, batch: SamplingBatch) -> Tensor:
+def _draw(logits_V: Tensor, filters: Tensor) -> Tensor:
     """One row, one draw: walk the kept tokens in a fixed order until the uniform is used up."""
     probs = logits_V.softmax(-1)
-    top_k, top_p, min_p = int(batch.top_k_R[row]), float(batch.top_p_R[row]), float(batch.min_p_R[row])
+    top_k, top_p, min_p = int(filters[1]), float(filters[2]), float(filters[3])
+    uniform = filters[4]
     if not (0 < top_k < len(probs)) and top_p >= 1.0 and min_p <= 0.0:
-        return _invert(probs, batch.uniform_R[row])
+        return _invert(probs, uniform)
     # Stable: equal probabilities keep the order of their ids.
     probs, ids = torch.sort(probs, descending=True, stable=True)
     if 0 < top_k < len(probs):
@@ -54,7 +57,7 @@ def _draw(logits_V: Tensor, row: int, batch: SamplingBatch) -> Tensor:
         probs = probs[before < top_p] if top_p > 0 else probs[:1]
     if min_p > 0.0:
         probs = probs[probs >= min_p * probs[0]]
-    return ids[_invert(probs, batch.uniform_R[row])]
+    return ids[_invert(probs, uniform)]
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from toptwo.layers.context import StepContext
+from toptwo_kernels.ops import Matrix, Ops
+
 
 @dataclass(frozen=True)
 class Embedding:
     """Row lookup in the [V, H] table."""
 
-    weight_VH: Tensor
+    table: Matrix
+    ops: Ops
 
-    def __call__(self, ids_T: Tensor) -> Tensor:
-        return self.weight_VH[ids_T]
+    def __call__(self, step: StepContext) -> Tensor:
+        return self.ops.embed(self.table, step.plan)

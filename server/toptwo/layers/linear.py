@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from toptwo_kernels.ops import Ops
+from toptwo_kernels.ops import Matrix, Ops
 
 
 @dataclass(frozen=True)
 class Linear:
     """y = x @ weight.T, without bias."""
 
-    weight_OI: Tensor
+    weight: Matrix
     ops: Ops
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        return self.ops.linear(x_TI, self.weight_OI)
+        return self.ops.linear(x_TI, self.weight)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from toptwo.layers.context import StepContext
+from toptwo_kernels.ops import HeadShape, Matrix
 
 Index = tuple[int | slice, ...]
 
@@ -26,18 +27,25 @@ class Piece:
     into: Index = ()
 
 
+Role = Literal["matrix", "paired", "head", "router", "vector"]
+"""What a weight is used for, which decides its format: "matrix" and "paired" (gates, then ups) take the
+model's weight format; "head" (embeddings and the output projection) keeps 8 bits where others have 4;
+"router" is a float32 matrix; "vector" is a plain float32 tensor."""
+
+
 @dataclass(frozen=True)
 class WeightSpec:
-    """One weight of a model: its name there, its shape, and the ways to assemble it, preferred first."""
+    """One weight of a model: its name there, shape and use, and the ways to assemble it, preferred first."""
 
     name: str
     shape: tuple[int, ...]
+    role: Role
     sources: tuple[tuple[Piece, ...], ...]
 
 
-def whole(name: str, shape: tuple[int, ...], *checkpoint_names: str) -> WeightSpec:
+def whole(name: str, shape: tuple[int, ...], role: Role, *checkpoint_names: str) -> WeightSpec:
     """A weight that is one checkpoint tensor, under the first of the given names that exists."""
-    return WeightSpec(name, shape, tuple((Piece(source),) for source in checkpoint_names or (name,)))
+    return WeightSpec(name, shape, role, tuple((Piece(source),) for source in checkpoint_names or (name,)))
 
 
 class ModelConfig(Protocol):
@@ -48,9 +56,7 @@ class ModelConfig(Protocol):
     @property
     def num_layers(self) -> int: ...
     @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
+    def heads(self) -> HeadShape: ...
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -58,13 +64,18 @@ class ModelConfig(Protocol):
 
 
 class CausalLM(Protocol):
-    """A loaded model."""
+    """A loaded model. It calls nothing but ops on activations, so that a backend can record it."""
 
-    def forward(self, ids_T: Tensor, step: StepContext) -> Tensor:
+    def forward(self, step: StepContext) -> Tensor:
         """Final hidden states [T, H] of the step's tokens; writes their KV."""
 
-    def logits(self, x_RH: Tensor) -> Tensor:
-        """Next-token logits [R, V] of the given hidden states, in float32."""
+    def logits(self, x_SH: Tensor) -> Tensor:
+        """Next-token logits [S, V] of the given hidden states."""
 
 
-Weights = Mapping[str, Tensor]
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights by the names of its `WeightSpec`s."""
+
+    matrices: Mapping[str, Matrix]
+    vectors: Mapping[str, Tensor]

@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from toptwo.errors import StartupError
-from toptwo.layers.attention import Attention, HeadShape
+from toptwo.layers.attention import Attention
 from toptwo.layers.context import StepContext
 from toptwo.layers.embedding import Embedding
 from toptwo.layers.linear import Linear
 from toptwo.layers.norm import RMSNorm
-from toptwo.layers.rope import RotaryEmbedding
 from toptwo.models.checkpoint import Piece, Weights, WeightSpec, whole
 from toptwo.models.fields import ConfigFields, rope_theta
 from toptwo.moe.experts import Experts
 from toptwo.moe.layer import MoELayer
 from toptwo.moe.router import Router
-from toptwo_kernels.ops import Ops, RouterSpec
+from toptwo_kernels.ops import HeadShape, Matrix, Ops, Rope, RouterSpec, rope_tables
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,6 @@ class MixtralConfig:
     norm_eps: float
     tied_embeddings: bool
     architecture: str = "mixtral"
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.heads.num_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.heads.head_dim
 
 
 def read_config(raw: Mapping[str, object]) -> MixtralConfig:
@@ -88,19 +79,19 @@ def read_config(raw: Mapping[str, object]) -> MixtralConfig:
 def weight_map(config: MixtralConfig) -> Sequence[WeightSpec]:
     """See `registry.Architecture.weight_map`."""
     hidden = config.hidden_size
-    specs = [whole("embed", (config.vocab_size, hidden), "model.embed_tokens.weight")]
+    specs = [whole("embed", (config.vocab_size, hidden), "head", "model.embed_tokens.weight")]
     for layer in range(config.num_layers):
         specs += _layer_map(config, layer)
-    specs.append(whole("norm", (hidden,), "model.norm.weight"))
+    specs.append(whole("norm", (hidden,), "vector", "model.norm.weight"))
     if not config.tied_embeddings:
-        specs.append(whole("lm_head", (config.vocab_size, hidden), "lm_head.weight"))
+        specs.append(whole("lm_head", (config.vocab_size, hidden), "head", "lm_head.weight"))
     return specs
 
 
 def _layer_map(config: MixtralConfig, layer: int) -> list[WeightSpec]:
     hidden, ffn, num_experts = config.hidden_size, config.expert_ffn_size, config.num_experts
-    q_rows = config.heads.num_heads * config.head_dim
-    kv_rows = config.num_kv_heads * config.head_dim
+    q_rows = config.heads.num_heads * config.heads.head_dim
+    kv_rows = config.heads.num_kv_heads * config.heads.head_dim
     source, ours = f"model.layers.{layer}", f"layers.{layer}"
     moe = f"{source}.block_sparse_moe"
     all_experts = range(num_experts)
@@ -114,16 +105,16 @@ def _layer_map(config: MixtralConfig, layer: int) -> list[WeightSpec]:
     ups = tuple(Piece(f"{moe}.experts.{e}.w3.weight", (e, slice(ffn, None))) for e in all_experts)
     downs = tuple(Piece(f"{moe}.experts.{e}.w2.weight", (e,)) for e in all_experts)
     gate_up_shape, down_shape = (num_experts, 2 * ffn, hidden), (num_experts, hidden, ffn)
+    routers = f"{moe}.gate.weight", f"{source}.mlp.gate.weight"
+    fused_gate_up, fused_down = f"{source}.mlp.experts.gate_up_proj", f"{source}.mlp.experts.down_proj"
     return [
-        whole(f"{ours}.attention_norm", (hidden,), f"{source}.input_layernorm.weight"),
-        WeightSpec(f"{ours}.qkv", (q_rows + 2 * kv_rows, hidden), (qkv,)),
-        whole(f"{ours}.out", (hidden, q_rows), f"{source}.self_attn.o_proj.weight"),
-        whole(f"{ours}.moe_norm", (hidden,), f"{source}.post_attention_layernorm.weight"),
-        whole(f"{ours}.router", (num_experts, hidden), f"{moe}.gate.weight", f"{source}.mlp.gate.weight"),
-        WeightSpec(
-            f"{ours}.gate_up", gate_up_shape, (gates + ups, (Piece(f"{source}.mlp.experts.gate_up_proj"),))
-        ),
-        WeightSpec(f"{ours}.down", down_shape, (downs, (Piece(f"{source}.mlp.experts.down_proj"),))),
+        whole(f"{ours}.attention_norm", (hidden,), "vector", f"{source}.input_layernorm.weight"),
+        WeightSpec(f"{ours}.qkv", (q_rows + 2 * kv_rows, hidden), "matrix", (qkv,)),
+        whole(f"{ours}.out", (hidden, q_rows), "matrix", f"{source}.self_attn.o_proj.weight"),
+        whole(f"{ours}.moe_norm", (hidden,), "vector", f"{source}.post_attention_layernorm.weight"),
+        whole(f"{ours}.router", (num_experts, hidden), "router", *routers),
+        WeightSpec(f"{ours}.gate_up", gate_up_shape, "paired", (gates + ups, (Piece(fused_gate_up),))),
+        WeightSpec(f"{ours}.down", down_shape, "matrix", (downs, (Piece(fused_down),))),
     ]
 
 
@@ -140,10 +131,11 @@ class DecoderLayer:
     attention: Attention
     moe_norm: RMSNorm
     moe: MoELayer
+    ops: Ops
 
     def __call__(self, x_TH: Tensor, step: StepContext) -> Tensor:
-        x_TH = x_TH + self.attention(self.attention_norm(x_TH), step)
-        return x_TH + self.moe(self.moe_norm(x_TH))
+        x_TH = self.ops.add(x_TH, self.attention(self.attention_norm(x_TH), step))
+        return self.ops.add(x_TH, self.moe(self.moe_norm(x_TH)))
 
 
 @dataclass(frozen=True)
@@ -155,45 +147,51 @@ class Mixtral:
     norm: RMSNorm
     lm_head: Linear
 
-    def forward(self, ids_T: Tensor, step: StepContext) -> Tensor:
-        x_TH = self.embed(ids_T)
+    def forward(self, step: StepContext) -> Tensor:
+        x_TH = self.embed(step)
         for layer in self.layers:
             x_TH = layer(x_TH, step)
-        return self.norm(x_TH)
+        return x_TH
 
-    def logits(self, x_RH: Tensor) -> Tensor:
-        return self.lm_head(x_RH).float()
+    def logits(self, x_SH: Tensor) -> Tensor:
+        return self.lm_head(self.norm(x_SH))
 
 
 def build(config: MixtralConfig, weights: Weights, max_len: int, ops: Ops) -> Mixtral:
     """See `registry.Architecture.build`."""
     if max_len > config.max_position:
         raise StartupError(f"max_model_len {max_len} is over the model's {config.max_position} positions")
-    rope = RotaryEmbedding.create(max_len, config.head_dim, config.rope_theta, ops)
+    rope = rope_tables(max_len, config.heads.head_dim, config.rope_theta)
     return Mixtral(
-        embed=Embedding(weights["embed"]),
-        layers=[_build_layer(config, weights, layer, rope) for layer in range(config.num_layers)],
-        norm=RMSNorm(weights["norm"], config.norm_eps, ops),
-        lm_head=Linear(weights["embed" if config.tied_embeddings else "lm_head"], ops),
+        embed=Embedding(weights.matrices["embed"], ops),
+        layers=[_build_layer(config, weights, layer, rope, ops) for layer in range(config.num_layers)],
+        norm=RMSNorm(weights.vectors["norm"], config.norm_eps, ops),
+        lm_head=Linear(weights.matrices["embed" if config.tied_embeddings else "lm_head"], ops),
     )
 
 
-def _build_layer(config: MixtralConfig, weights: Weights, layer: int, rope: RotaryEmbedding) -> DecoderLayer:
-    ops, prefix = rope.ops, f"layers.{layer}"
+def _build_layer(config: MixtralConfig, weights: Weights, layer: int, rope: Rope, ops: Ops) -> DecoderLayer:
+    def matrix(name: str) -> Matrix:
+        return weights.matrices[f"layers.{layer}.{name}"]
+
+    def norm(name: str) -> RMSNorm:
+        return RMSNorm(weights.vectors[f"layers.{layer}.{name}"], config.norm_eps, ops)
+
     spec = RouterSpec(config.num_experts, config.experts_per_token)
     return DecoderLayer(
-        attention_norm=RMSNorm(weights[f"{prefix}.attention_norm"], config.norm_eps, ops),
+        attention_norm=norm("attention_norm"),
         attention=Attention(
             layer=layer,
             shape=config.heads,
-            qkv=Linear(weights[f"{prefix}.qkv"], ops),
-            out=Linear(weights[f"{prefix}.out"], ops),
+            qkv=Linear(matrix("qkv"), ops),
+            out=Linear(matrix("out"), ops),
             rope=rope,
             ops=ops,
         ),
-        moe_norm=RMSNorm(weights[f"{prefix}.moe_norm"], config.norm_eps, ops),
+        moe_norm=norm("moe_norm"),
         moe=MoELayer(
-            router=Router(weights[f"{prefix}.router"], spec, ops),
-            experts=Experts(weights[f"{prefix}.gate_up"], weights[f"{prefix}.down"], "silu", ops),
+            router=Router(matrix("router"), spec, ops),
+            experts=Experts(matrix("gate_up"), matrix("down"), "silu", ops),
         ),
+        ops=ops,
     )

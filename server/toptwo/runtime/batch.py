@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from toptwo.messages import NewSequence, Row, SamplingParams, StepPlan
-from toptwo_kernels.ops import AttentionBatch
+from toptwo_kernels.ops import StepBatch
 
 
 class SlotTable:
@@ -43,17 +42,10 @@ class SlotTable:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's inputs.
+    """One step's inputs, and the rows that draw a token, in the order of the selected tokens."""
 
-    sampling_rows: the rows that draw a token; last_tokens: the index in T of each one's last token.
-    """
-
-    ids_T: Tensor
-    positions_T: Tensor
-    slots_T: Tensor
-    attention: AttentionBatch
+    tokens: StepBatch
     sampling_rows: list[Row]
-    last_tokens: Tensor
 
 
 def build_batch(plan: StepPlan, table: SlotTable) -> Batch:
@@ -74,16 +66,14 @@ def build_batch(plan: StepPlan, table: SlotTable) -> Batch:
     context_lens = starts + lengths
     widest = -(-int(context_lens.max()) // table.block_size)
     sampling = [index for index, row in enumerate(plan.rows) if row.sample]
-    return Batch(
+    tokens = StepBatch(
         ids_T=torch.from_numpy(table.tokens[slot_of_token, positions]),
         positions_T=torch.from_numpy(positions),
         slots_T=torch.from_numpy(cache_slots),
-        attention=AttentionBatch(
-            query_starts_R1=torch.from_numpy(query_starts),
-            context_lens_R=torch.from_numpy(context_lens),
-            block_tables_RB=torch.from_numpy(table.blocks[slot_of_row, :widest]),
-            block_size=table.block_size,
-        ),
-        sampling_rows=[plan.rows[index] for index in sampling],
-        last_tokens=torch.from_numpy(query_starts[1:][sampling] - 1),
+        query_starts_R1=torch.from_numpy(query_starts),
+        context_lens_R=torch.from_numpy(context_lens),
+        block_tables_RB=torch.from_numpy(table.blocks[slot_of_row, :widest]),
+        block_size=table.block_size,
+        selected_S=torch.from_numpy(query_starts[1:][sampling] - 1),
     )
+    return Batch(tokens, [plan.rows[index] for index in sampling])

@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 
 from toptwo.messages import EngineInfo
+from toptwo.models.checkpoint import CausalLM
 from toptwo.models.registry import read_config
 from toptwo.runtime.batch import SlotTable
-from toptwo.runtime.device import resolve, resolve_dtype
+from toptwo.runtime.device import resolve
+from toptwo.runtime.graphs import Step, prepare_step
 from toptwo.runtime.kv_cache import allocate_kv_cache
-from toptwo.runtime.loader import Checkpoint, load_weights
 from toptwo.runtime.runner import Runner
+from toptwo.runtime.weights import WeightSource, prepare_weights
 from toptwo.settings import Settings
 from toptwo_kernels.registry import load_backend
 
@@ -26,32 +28,40 @@ class Runtime:
     """A loaded model, ready to run, and what its settings were resolved to."""
 
     runner: Runner
+    model: CausalLM
+    step: Step
     info: EngineInfo
 
 
 def build_runtime(
-    settings: Settings, directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
+    settings: Settings,
+    directory: Path,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    own_process: bool = False,
 ) -> Runtime:
-    """Load the checkpoint. Raises StartupError when it cannot be loaded or cannot fit."""
+    """Load the checkpoint. Raises StartupError when it cannot be loaded or cannot fit.
+
+    own_process: nothing else runs in this process, so that its threads may be bound to processors.
+    """
     started = time.monotonic()
     architecture, model_config = read_config(directory)
     specs = architecture.weight_map(model_config)
-    num_parameters = sum(math.prod(spec.shape) for spec in specs)
-    weight_bytes = num_parameters * resolve_dtype(settings).itemsize
-    config = resolve(settings, model_config, weight_bytes)
-    torch.set_num_threads(config.num_threads)
-
-    ops = load_backend(config.backend)
-    with Checkpoint(directory) as checkpoint:
-        ignored = architecture.ignored_tensors(model_config)
-        weights = load_weights(checkpoint, specs, ignored, config.dtype, on_progress)
+    config = resolve(settings, model_config, specs)
+    ops = load_backend(config.backend, config.num_threads, pinned=own_process)
+    ignored = architecture.ignored_tensors(model_config)
+    source = WeightSource(directory, specs, ignored, settings.cache_dir)
+    weights = prepare_weights(source, config, ops, on_progress)
     model = architecture.build(model_config, weights, config.max_model_len, ops)
-    kv_cache = allocate_kv_cache(model_config, config.num_blocks, config.dtype)
+    kv_cache = allocate_kv_cache(model_config, config.num_blocks, config.kv_dtype, ops)
+    with torch.inference_mode():
+        step = prepare_step(model, kv_cache, ops, config.max_step_tokens)
     table = SlotTable(config.max_num_seqs, config.max_model_len, config.block_size)
     info = EngineInfo(
         architecture=model_config.architecture,
         device=config.device,
-        dtype=str(config.dtype).removeprefix("torch."),
+        dtype=config.dtype,
+        kv_dtype=str(config.kv_dtype).removeprefix("torch."),
         quantization=config.quantization,
         backend=config.backend,
         num_threads=config.num_threads,
@@ -62,9 +72,9 @@ def build_runtime(
         block_size=config.block_size,
         num_blocks=config.num_blocks,
         prefix_caching=config.prefix_caching,
-        num_parameters=num_parameters,
-        weight_bytes=weight_bytes,
+        num_parameters=sum(math.prod(spec.shape) for spec in specs),
+        weight_bytes=config.weight_bytes,
         kv_cache_bytes=config.kv_cache_bytes,
         load_seconds=time.monotonic() - started,
     )
-    return Runtime(Runner(model, kv_cache, table, ops), info)
+    return Runtime(Runner(step, table, ops), model, step, info)

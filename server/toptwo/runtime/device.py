@@ -1,17 +1,24 @@
-"""What the machine offers, and the frozen config that `auto` settings resolve to."""
+"""The frozen config that `auto` settings resolve to, given the model and the machine."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import cast
 
+import structlog
 import torch
 
 from toptwo.errors import StartupError
-from toptwo.models.checkpoint import ModelConfig
+from toptwo.models.checkpoint import ModelConfig, WeightSpec
+from toptwo.runtime.formats import count_bytes
 from toptwo.runtime.kv_cache import BLOCK_SIZE, kv_bytes_per_token
+from toptwo.runtime.memory import available_cpus, available_memory
 from toptwo.settings import Settings
+from toptwo_kernels import cpu
+from toptwo_kernels.ops import WeightFormat
+
+log = structlog.get_logger()
 
 GIB = 1 << 30
 # Share of the memory left after the weights that an automatic KV cache may take.
@@ -20,10 +27,14 @@ KV_MEMORY_SHARE = 0.4
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Every choice made; nothing in it is `auto`. Sizes in tokens unless the name says otherwise."""
+    """Every choice made; nothing in it is `auto`. Sizes in tokens unless the name says otherwise.
+
+    dtype: of weights that are not quantised. kv_dtype: of the KV cache.
+    """
 
     device: str
-    dtype: torch.dtype
+    dtype: WeightFormat
+    kv_dtype: torch.dtype
     quantization: str
     backend: str
     num_threads: int
@@ -32,46 +43,73 @@ class RuntimeConfig:
     max_step_tokens: int
     block_size: int
     num_blocks: int
+    weight_bytes: int
     kv_cache_bytes: int
     prefix_caching: bool
 
 
-def resolve_dtype(settings: Settings) -> torch.dtype:
-    """float32 unless asked otherwise: the CPU's fastest and most exact format in torch."""
-    names = {"auto": torch.float32, "float32": torch.float32}
-    names |= {"bfloat16": torch.bfloat16, "float16": torch.float16}
-    return names[settings.dtype]
-
-
 def resolve(
-    settings: Settings, model: ModelConfig, weight_bytes: int, memory: int | None = None
+    settings: Settings, model: ModelConfig, specs: Sequence[WeightSpec], memory: int | None = None
 ) -> RuntimeConfig:
     """The config that will run. `memory`: bytes available, by default what the system says.
 
     Raises StartupError for what cannot fit.
     """
-    dtype = resolve_dtype(settings)
-    free = (available_memory() if memory is None else memory) - weight_bytes
-    if free < 0:
+    backend = choose_backend(settings, model)
+    quantization = choose_quantization(settings, backend)
+    dtype = cast(WeightFormat, "float32" if settings.dtype == "auto" else settings.dtype)
+    # Half precision costs a quantised model nothing that its weights have not cost already.
+    half = settings.dtype == "auto" and quantization != "none"
+    kv_dtype = torch.float16 if half else getattr(torch, dtype)
+    weight_bytes = count_bytes(specs, quantization, dtype)
+    available = available_memory() if memory is None else memory
+    if weight_bytes > available:
         raise StartupError(
-            f"the weights need {weight_bytes / GIB:.1f} GiB as {dtype} and "
-            f"{(free + weight_bytes) / GIB:.1f} GiB of memory are available"
+            f"the weights need {weight_bytes / GIB:.1f} GiB as "
+            f"{dtype if quantization == 'none' else quantization} and "
+            f"{available / GIB:.1f} GiB of memory are available"
         )
-    max_len, num_blocks = _plan_memory(settings, model, dtype, free)
+    max_len, num_blocks = _plan_memory(settings, model, kv_dtype, available - weight_bytes)
     return RuntimeConfig(
         device="cpu",
         dtype=dtype,
-        quantization="none",
-        backend="reference",
+        kv_dtype=kv_dtype,
+        quantization=quantization,
+        backend=backend,
         num_threads=settings.threads or available_cpus(),
         max_model_len=max_len,
         max_num_seqs=settings.max_num_seqs,
         max_step_tokens=settings.max_step_tokens,
         block_size=BLOCK_SIZE,
         num_blocks=num_blocks,
-        kv_cache_bytes=num_blocks * BLOCK_SIZE * kv_bytes_per_token(model, dtype),
+        weight_bytes=weight_bytes,
+        kv_cache_bytes=num_blocks * BLOCK_SIZE * kv_bytes_per_token(model, kv_dtype),
         prefix_caching=not settings.no_prefix_caching,
     )
+
+
+def choose_backend(settings: Settings, model: ModelConfig) -> str:
+    """The native backend wherever it was built and can run the model; else the reference, and a word why."""
+    if settings.backend == "reference":
+        return "reference"
+    problem = ""
+    if not cpu.instruction_sets():
+        problem = "the native CPU kernels were not built on this machine"
+    elif model.heads.head_dim % 8:
+        problem = f"the native CPU kernels do not compute a head dimension of {model.heads.head_dim}"
+    if not problem:
+        return "cpu"
+    if settings.backend == "cpu":
+        raise StartupError(f"--backend cpu: {problem}")
+    log.warning("falling back to the reference kernels, which are slow", reason=problem)
+    return "reference"
+
+
+def choose_quantization(settings: Settings, backend: str) -> str:
+    """int8 on the native backend, unless a number format is asked for; the reference gains nothing by it."""
+    if settings.quantization != "auto":
+        return settings.quantization
+    return "int8" if backend == "cpu" and settings.dtype == "auto" else "none"
 
 
 def _plan_memory(settings: Settings, model: ModelConfig, dtype: torch.dtype, memory: int) -> tuple[int, int]:
@@ -104,49 +142,3 @@ def _plan_memory(settings: Settings, model: ModelConfig, dtype: torch.dtype, mem
 
 def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_SIZE)
-
-
-def available_cpus() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that can be had without swapping, within this container's limit if there is one.
-
-    root: where /proc and /sys are; another place in tests.
-    """
-    system = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = root / "proc/meminfo"
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        system = int(fields["MemAvailable"].split()[0]) * 1024
-    version_2, version_1 = root / "sys/fs/cgroup", root / "sys/fs/cgroup/memory"
-    for limit, used, statistics in (
-        (version_2 / "memory.max", version_2 / "memory.current", version_2 / "memory.stat"),
-        (
-            version_1 / "memory.limit_in_bytes",
-            version_1 / "memory.usage_in_bytes",
-            version_1 / "memory.stat",
-        ),
-    ):
-        most, now = _read_number(limit), _read_number(used)
-        if most is not None and now is not None:
-            system = min(system, most - now + _reclaimable(statistics))
-    return system
-
-
-def _reclaimable(statistics: Path) -> int:
-    """Bytes of file cache that count as used by the group and are given back on demand."""
-    try:
-        fields = dict(line.split() for line in statistics.read_text().splitlines())
-        return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        return 0
-
-
-def _read_number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such controller, or the word "max"
-        return None

@@ -1,28 +1,20 @@
-"""The memory of the paged KV cache. Who owns which block is the engine's business."""
+"""The memory of the paged KV cache. The engine says who owns a block, the backend how it is laid out."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from toptwo.models.checkpoint import ModelConfig
+from toptwo_kernels.ops import KVCache, Ops
 
 BLOCK_SIZE = 16  # tokens per block: small enough to share prefixes, large enough to keep tables short
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token needs in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    return 2 * config.num_layers * config.heads.num_kv_heads * config.heads.head_dim * dtype.itemsize
 
 
-def allocate_kv_cache(
-    config: ModelConfig, num_blocks: int, dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor]]:
-    """Per layer (keys, values), each [num_blocks, BLOCK_SIZE, M, D].
-
-    Left uninitialised, so that the system hands out pages as blocks are first used.
-    """
-    shape = (num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-    return [
-        (torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)) for _ in range(config.num_layers)
-    ]
+def allocate_kv_cache(config: ModelConfig, num_blocks: int, dtype: torch.dtype, ops: Ops) -> list[KVCache]:
+    """Room for `num_blocks` blocks in every layer."""
+    return [ops.allocate_kv(num_blocks, BLOCK_SIZE, config.heads, dtype) for _ in range(config.num_layers)]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from toptwo.errors import StartupError
 from toptwo.models.checkpoint import Piece, WeightSpec
+from toptwo.runtime.memory import release_pages
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -26,15 +27,18 @@ LOADABLE_DTYPES = ("F32", "BF16", "F16")
 # Buffers that old exporters wrote although they follow from the config.
 DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
 
+Keep = Callable[[WeightSpec, Tensor], None]
+
 
 class Checkpoint:
     """The tensors of a directory's safetensors files, memory-mapped; close it by `with`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.paths = _weight_files(directory)
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
-        for path in _weight_files(directory):
+        for path in self.paths:
             handle = self._open(path)
             for name in handle.keys():  # noqa: SIM118  (not a dict)
                 if name in self._files:
@@ -104,24 +108,23 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def load_weights(
-    checkpoint: Checkpoint,
-    specs: Sequence[WeightSpec],
-    ignored: Sequence[str],
-    dtype: torch.dtype,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Tensor]:
-    """Every weight of `specs`, assembled and in `dtype`.
+    checkpoint: Checkpoint, specs: Sequence[WeightSpec], ignored: Sequence[str], keep: Keep
+) -> None:
+    """Hand every weight of `specs`, assembled, to `keep`, one at a time.
 
-    on_progress is told how many of how many weights are loaded.
+    Memory beyond what `keep` holds on to is that of the largest weight.
     Raises StartupError that names missing, unknown and misshapen tensors.
     """
     sources = {spec.name: _choose_source(spec, checkpoint.names) for spec in specs}
     _check_names(checkpoint, sources, ignored)
-    weights = {}
-    for done, spec in enumerate(specs, 1):
-        weights[spec.name] = _assemble(checkpoint, spec, sources[spec.name], dtype)
-        on_progress(done, len(specs))
-    return weights
+    for spec in specs:
+        for piece in sources[spec.name]:
+            _check_shape(checkpoint, spec, piece)
+    for spec in specs:
+        pieces = sources[spec.name]
+        keep(spec, _assemble(checkpoint, spec, pieces))
+        for piece in pieces:
+            release_pages(checkpoint.tensor(piece.name))
 
 
 def _choose_source(spec: WeightSpec, names: set[str]) -> tuple[Piece, ...]:
@@ -150,20 +153,24 @@ def _list_some(names: set[str], limit: int = 4) -> str:
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _assemble(
-    checkpoint: Checkpoint, spec: WeightSpec, pieces: tuple[Piece, ...], dtype: torch.dtype
-) -> Tensor:
-    # The shapes of a meta tensor's parts tell what each piece must be, without allocating anything.
-    layout = torch.empty(spec.shape, device="meta")
-    for piece in pieces:
-        expected, found = tuple(layout[piece.into].shape), checkpoint.shape(piece.name)
-        if found != expected:
-            raise StartupError(
-                f"{checkpoint.directory}: {piece.name} has shape {list(found)}, expected {list(expected)}"
-            )
+def _check_shape(checkpoint: Checkpoint, spec: WeightSpec, piece: Piece) -> None:
+    # A meta tensor's part tells what a piece must be, without allocating anything.
+    expected = tuple(torch.empty(spec.shape, device="meta")[piece.into].shape)
+    found = checkpoint.shape(piece.name)
+    if found != expected:
+        raise StartupError(
+            f"{checkpoint.directory}: {piece.name} has shape {list(found)}, expected {list(expected)}"
+        )
+
+
+def _assemble(checkpoint: Checkpoint, spec: WeightSpec, pieces: tuple[Piece, ...]) -> Tensor:
     if len(pieces) == 1 and not pieces[0].into:
-        return checkpoint.tensor(pieces[0].name).to(dtype)
-    weight = torch.empty(spec.shape, dtype=dtype)
+        return checkpoint.tensor(pieces[0].name)
+    weight: Tensor | None = None
     for piece in pieces:
-        weight[piece.into].copy_(checkpoint.tensor(piece.name))
+        part = checkpoint.tensor(piece.name)
+        weight = torch.empty(spec.shape, dtype=part.dtype) if weight is None else weight
+        weight[piece.into].copy_(part)
+        release_pages(part)
+    assert weight is not None  # noqa: S101  (a source has pieces)
     return weight

@@ -9,22 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toptwo.layers.context import StepContext
 from toptwo.messages import StepPlan, StepResult
-from toptwo.models.checkpoint import CausalLM
 from toptwo.runtime.batch import Batch, SlotTable, build_batch
+from toptwo.runtime.graphs import Step
 from toptwo.runtime.sampler import sample_rows
 from toptwo_kernels.ops import Ops
 
 
 class Runner:
-    """One model, its KV cache and the slots of its running sequences."""
+    """The step of one model, and the slots of its running sequences."""
 
-    def __init__(
-        self, model: CausalLM, kv_cache: list[tuple[Tensor, Tensor]], table: SlotTable, ops: Ops
-    ) -> None:
-        self._model = model
-        self._kv_cache = kv_cache
+    def __init__(self, step: Step, table: SlotTable, ops: Ops) -> None:
+        self._step = step
         self._table = table
         self._ops = ops
 
@@ -36,18 +32,11 @@ class Runner:
 
     @torch.inference_mode()
     def compute_logits(self, plan: StepPlan) -> tuple[Tensor, Batch]:
-        """Logits [R, V] of the rows that sample, and the batch they came from."""
+        """Logits [R, V] of the rows that sample, valid until the next step, and the batch they came from."""
         for new in plan.admitted:
             self._table.admit(new)
         batch = build_batch(plan, self._table)
-        step = StepContext(
-            positions_T=batch.positions_T,
-            slots_T=batch.slots_T,
-            attention_plan=self._ops.plan_attention(batch.attention),
-            kv_cache=self._kv_cache,
-        )
-        hidden_TH = self._model.forward(batch.ids_T, step)
-        return self._model.logits(hidden_TH[batch.last_tokens]), batch
+        return self._step(batch.tokens), batch
 
     @torch.inference_mode()
     def _sample(self, logits_RV: Tensor, batch: Batch) -> list[int]:

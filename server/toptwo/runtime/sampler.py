@@ -20,18 +20,12 @@ def sample_rows(logits_RV: Tensor, rows: list[Row], table: SlotTable, ops: Ops) 
     params = [table.sampling[row.slot] for row in rows]
     ends = [row.start + row.num_tokens for row in rows]
     penalized = [index for index, p in enumerate(params) if _has_penalty(p)]
+    uniforms = [
+        draw_uniform(p.seed, end) if p.temperature > 0 else 0.0 for p, end in zip(params, ends, strict=True)
+    ]
+    filters = [(p.temperature, p.top_k, p.top_p, p.min_p, u) for p, u in zip(params, uniforms, strict=True)]
     batch = SamplingBatch(
-        temperature_R=torch.tensor([p.temperature for p in params]),
-        top_k_R=torch.tensor([p.top_k for p in params]),
-        top_p_R=torch.tensor([p.top_p for p in params]),
-        min_p_R=torch.tensor([p.min_p for p in params]),
-        uniform_R=torch.tensor(
-            [
-                draw_uniform(p.seed, end) if p.temperature > 0 else 0.0
-                for p, end in zip(params, ends, strict=True)
-            ],
-            dtype=torch.float64,
-        ),
+        filters_R5=torch.tensor(filters, dtype=torch.float64),
         penalty_rows=penalized,
         presence=[params[i].presence_penalty for i in penalized],
         frequency=[params[i].frequency_penalty for i in penalized],

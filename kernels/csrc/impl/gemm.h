@@ -1,0 +1,151 @@
+// Matrix products over interleaved blocks. A tile is NT tokens x NB blocks of 8 rows; tiles of every
+// size add up the inputs of an output in the same order, so GEMV and GEMM agree bit by bit.
+
+// Four row streams for one token keep memory busy; several tokens share a load of the weights.
+constexpr int kTokens = 4, kWide = 4, kNarrow = 2;
+
+template <int NT>
+struct Inputs {
+  const uint8_t* row[NT];
+  RowLayout layout;
+};
+
+template <Format F>
+static inline F8 load_weights(const uint8_t* block, int64_t k) {
+  if constexpr (F == Format::f32) return f8_load(reinterpret_cast<const float*>(block) + 8 * k);
+  const uint16_t* half = reinterpret_cast<const uint16_t*>(block) + 8 * k;
+  return F == Format::f16 ? f8_load_f16(half) : f8_load_bf16(half);
+}
+
+template <Format F, int NT, int NB>
+static inline void float_tile(const Matrix& w, const uint8_t* block, const Inputs<NT>& x, F8 (&acc)[NT][NB]) {
+  const int64_t stride = w.block_bytes();
+  for (int64_t k = 0; k < w.cols; ++k) {
+    F8 weights[NB];
+    for (int b = 0; b < NB; ++b) weights[b] = load_weights<F>(block + b * stride, k);
+    for (int t = 0; t < NT; ++t) {
+      F8 input = f8_set1(reinterpret_cast<const float*>(x.row[t])[k]);
+      for (int b = 0; b < NB; ++b) acc[t][b] = f8_fma(input, weights[b], acc[t][b]);
+    }
+  }
+}
+
+template <int NT, int NB>
+static inline void int8_tile(const Matrix& w, const uint8_t* block, const Inputs<NT>& x, F8 (&acc)[NT][NB]) {
+  const int64_t stride = w.block_bytes(), quants = w.quants_offset(), groups = w.groups();
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint8_t* q = block + quants + g * 256;
+    I8 dot[NT][NB];
+    for (int t = 0; t < NT; ++t)
+      for (int b = 0; b < NB; ++b) dot[t][b] = i8_zero();
+    for (int j = 0; j < 16; ++j) {
+      I8 weights[NB];
+      for (int b = 0; b < NB; ++b) weights[b] = i8_load_s16(q + b * stride + 16 * j);
+      for (int t = 0; t < NT; ++t) {
+        const I8 input = i8_broadcast4(x.row[t] + (g * kGroup + 2 * j) * 2);
+        for (int b = 0; b < NB; ++b) dot[t][b] = i8_dot_s16(dot[t][b], weights[b], input);
+      }
+    }
+    for (int b = 0; b < NB; ++b) {
+      F8 scales = f8_load_f16(reinterpret_cast<const uint16_t*>(block + b * stride) + 8 * g);
+      for (int t = 0; t < NT; ++t) {
+        float scale = reinterpret_cast<const float*>(x.row[t] + x.layout.scales())[g];
+        acc[t][b] = f8_fma(i8_to_f8(dot[t][b]), f8_mul(scales, f8_set1(scale)), acc[t][b]);
+      }
+    }
+  }
+}
+
+template <int NT, int NB>
+static inline void int4_tile(const Matrix& w, const uint8_t* block, const Inputs<NT>& x, F8 (&acc)[NT][NB]) {
+  const int64_t stride = w.block_bytes(), zeros = w.zeros_offset(), quants = w.quants_offset();
+  const int64_t groups = w.groups();
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int b = 0; b < NB; ++b) {
+      const uint8_t* base = block + b * stride;
+      I8 weights[8];
+      for (int j = 0; j < 4; ++j) {
+        I8 packed = i8_load(base + quants + g * 128 + 32 * j);
+        weights[j] = i8_low_nibbles(packed);
+        weights[4 + j] = i8_high_nibbles(packed);
+      }
+      F8 scales = f8_load_f16(reinterpret_cast<const uint16_t*>(base) + 8 * g);
+      I8 zero = i8_load_u8(base + zeros + 8 * g);
+      for (int t = 0; t < NT; ++t) {
+        I8 dot = i8_dot_u4(weights, reinterpret_cast<const int8_t*>(x.row[t]) + g * kGroup);
+        I8 sum = i8_set1(reinterpret_cast<const int32_t*>(x.row[t] + x.layout.sums())[g]);
+        float scale = reinterpret_cast<const float*>(x.row[t] + x.layout.scales())[g] * 0.0625f;
+        F8 value = i8_to_f8(i8_sub_zero(dot, zero, sum));
+        acc[t][b] = f8_fma(value, f8_mul(scales, f8_set1(scale)), acc[t][b]);
+      }
+    }
+  }
+}
+
+static inline void store_rows(float* y, F8 value, int64_t rows) {
+  if (rows >= kRows) return f8_store(y, value);
+  float lanes[8];
+  f8_store(lanes, value);
+  for (int64_t i = 0; i < rows; ++i) y[i] = lanes[i];
+}
+
+template <Format F, int NT, int NB>
+static void tile(const GemmArgs& a, int64_t token, int64_t block) {
+  Inputs<NT> x{{}, RowLayout(a.w.cols, F)};
+  for (int t = 0; t < NT; ++t)
+    x.row[t] = a.x + (a.x_rows ? a.x_rows[token + t] : token + t) * a.x_stride;
+  F8 acc[NT][NB];
+  for (int t = 0; t < NT; ++t)
+    for (int b = 0; b < NB; ++b) acc[t][b] = f8_zero();
+
+  const uint8_t* data = a.w.block(block);
+  if constexpr (F == Format::int8) int8_tile<NT, NB>(a.w, data, x, acc);
+  else if constexpr (F == Format::int4) int4_tile<NT, NB>(a.w, data, x, acc);
+  else float_tile<F, NT, NB>(a.w, data, x, acc);
+
+  for (int t = 0; t < NT; ++t) {
+    int64_t row = (a.y_rows ? a.y_rows[token + t] : token + t) * a.y_stride;
+    if (a.epilogue == Epilogue::swiglu) {
+      for (int b = 0; b + 1 < NB; b += 2) {
+        int64_t at = (block + b) / 2 * kRows;
+        F8 value = f8_mul(f8_mul(acc[t][b], f8_sigmoid(acc[t][b])), acc[t][b + 1]);
+        store_rows(a.y + row + at, value, a.y_stride - at);
+      }
+    } else {
+      for (int b = 0; b < NB; ++b) {
+        int64_t at = (block + b) * kRows;
+        store_rows(a.y + row + at, acc[t][b], a.w.rows - at);
+      }
+    }
+  }
+}
+
+template <Format F, int NB>
+static void all_tokens(const GemmArgs& a, int64_t block) {
+  int64_t token = 0;
+  for (; token + kTokens <= a.count; token += kTokens) tile<F, kTokens, NB>(a, token, block);
+  switch (a.count - token) {
+    case 3: tile<F, 3, NB>(a, token, block); break;
+    case 2: tile<F, 2, NB>(a, token, block); break;
+    case 1: tile<F, 1, NB>(a, token, block); break;
+  }
+}
+
+template <Format F>
+static void gemm_of(const GemmArgs& a) {
+  int64_t block = a.block_begin;
+  if (a.count == 1)
+    for (; block + kWide <= a.block_end; block += kWide) tile<F, 1, kWide>(a, 0, block);
+  for (; block + kNarrow <= a.block_end; block += kNarrow) all_tokens<F, kNarrow>(a, block);
+  for (; block < a.block_end; ++block) all_tokens<F, 1>(a, block);
+}
+
+static void gemm(const GemmArgs& a) {
+  switch (a.w.format) {
+    case Format::f32: return gemm_of<Format::f32>(a);
+    case Format::bf16: return gemm_of<Format::bf16>(a);
+    case Format::f16: return gemm_of<Format::f16>(a);
+    case Format::int8: return gemm_of<Format::int8>(a);
+    case Format::int4: return gemm_of<Format::int4>(a);
+  }
+}

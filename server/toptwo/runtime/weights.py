@@ -1,0 +1,91 @@
+"""A model's weights in the backend's layout: packed from the checkpoint once, then mapped from disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from toptwo.models.checkpoint import Weights, WeightSpec
+from toptwo.runtime.device import RuntimeConfig
+from toptwo.runtime.formats import format_of
+from toptwo.runtime.loader import Checkpoint, load_weights
+from toptwo.runtime.packed_file import PackedWriter, read_packed
+from toptwo_kernels.ops import Matrix, Ops
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A checkpoint, what of it is wanted, and where packed weights may go if not beside it."""
+
+    directory: Path
+    specs: Sequence[WeightSpec]
+    ignored: Sequence[str]
+    cache_dir: Path
+
+
+def prepare_weights(source: WeightSource, config: RuntimeConfig, ops: Ops, on_progress: Progress) -> Weights:
+    """Every weight of the model. on_progress is told how many of how many are ready.
+
+    Raises StartupError for a checkpoint that is not what it should be.
+    """
+    with Checkpoint(source.directory) as checkpoint:
+        if config.backend != "cpu" or config.quantization == "none":
+            return _pack(checkpoint, source, config, ops, on_progress)
+        fingerprint = _fingerprint(checkpoint, source.specs, config.quantization)
+        path = _packed_path(source, config.quantization)
+        packed = read_packed(path, fingerprint)
+        if packed:
+            on_progress(len(source.specs), len(source.specs))
+            return Weights(packed.matrices, packed.vectors)
+        with PackedWriter(path, fingerprint) as writer:
+            weights = _pack(checkpoint, source, config, ops, on_progress, writer)
+            writer.finish()
+        return weights
+
+
+def _pack(
+    checkpoint: Checkpoint,
+    source: WeightSource,
+    config: RuntimeConfig,
+    ops: Ops,
+    on_progress: Progress,
+    writer: PackedWriter | None = None,
+) -> Weights:
+    matrices: dict[str, Matrix] = {}
+    vectors: dict[str, Tensor] = {}
+
+    def keep(spec: WeightSpec, tensor: Tensor) -> None:
+        weight: Matrix | Tensor
+        if spec.role == "vector":
+            weight = vectors[spec.name] = tensor.float()
+        else:
+            weight_format = format_of(spec.role, config.quantization, config.dtype)
+            weight = matrices[spec.name] = ops.pack(tensor, weight_format, paired=spec.role == "paired")
+        if writer:
+            writer.add(spec.name, weight)
+        on_progress(len(matrices) + len(vectors), len(source.specs))
+
+    load_weights(checkpoint, source.specs, source.ignored, keep)
+    return Weights(matrices, vectors)
+
+
+def _packed_path(source: WeightSource, quantization: str) -> Path:
+    """Beside the checkpoint, or in the cache directory where that may not be written."""
+    name = f"toptwo-packed-{quantization}.bin"
+    if os.access(source.directory, os.W_OK):
+        return source.directory / name
+    digest = hashlib.sha256(os.fsencode(source.directory.resolve())).hexdigest()[:16]
+    return source.cache_dir / "packed" / digest / name
+
+
+def _fingerprint(checkpoint: Checkpoint, specs: Sequence[WeightSpec], quantization: str) -> str:
+    """Changes when a weight file or what is made of it does."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.paths]
+    return hashlib.sha256(repr((stats, specs, quantization)).encode()).hexdigest()
