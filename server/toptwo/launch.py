@@ -50,7 +50,10 @@ def serve(settings: Settings, sources: dict[str, str], console: Console) -> None
 
     Raises StartupError when the server cannot start, or its engine keeps dying.
     """
-    signal.signal(signal.SIGTERM, _exit_on_signal)  # until there is something to drain
+    # Until there is something to drain. SIGINT too: asyncio would else put a handler of its own in place,
+    # which cancels everything, and which a signal in the first moments still reaches.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _exit_on_signal)
     configure_logging(settings.log_level)
     for name in unknown_variables():
         log.warning("there is no such setting; the variable is ignored", variable=name)
@@ -194,6 +197,7 @@ class _Site:
         fields = self.settings.model_dump(mode="json") | {"api_key": []}
         if resolved:  # a restart must not shrink what clients were promised
             fields |= {"max_model_len": resolved.max_model_len, "threads": resolved.num_threads}
+            fields |= {"backend": resolved.backend, "quantization": resolved.quantization}
             fields |= {"kv_cache_gib": resolved.kv_cache_bytes / (1 << 30)}
         return json.dumps({"settings": fields, "directory": str(self.source.directory)}).encode()
 

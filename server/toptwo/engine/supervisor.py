@@ -119,7 +119,8 @@ class Supervisor:
         if self._stopping:  # `stop` came while the process was being started, and saw none to end
             process.kill()
         try:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died at once
+            # It died at once; RuntimeError is uvloop's word for a pipe that is closed.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError, RuntimeError):
                 assert process.stdin is not None  # noqa: S101
                 process.stdin.write(self._command.configure(self._first_info) + b"\n")
                 await process.stdin.drain()
