@@ -141,6 +141,30 @@ def export_model(
     export(model[0] if model else None, out, kind, force, Console())
 
 
+@model_cli.command("quality")
+def measure_quality(
+    *,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    quantization: Annotated[
+        str, typer.Option(metavar="int8,int4", help="Weight formats to compare with float32.")
+    ] = "int8,int4",
+    text: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Text to measure on; by default one that is built in.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Write the figures to this file as well.")
+    ] = None,
+) -> None:
+    """Measure what quantising a model costs: divergence from float32, agreement, perplexity.
+
+    MODEL is a checkpoint directory or hub id; without it, the embedded default model is measured.
+    """
+    from toptwo.model_commands.quality import QualityOptions, quality
+
+    names = [name.strip() for name in quantization.split(",") if name.strip()]
+    quality(QualityOptions(model, names, text, json_file), Console())
+
+
 def main() -> None:
     """Entry point; ends with one line and status 1 when the server cannot run."""
     try:
