@@ -3,8 +3,11 @@
 #   make serve                       the default model on http://127.0.0.1:8000
 #   make serve MODEL=path PORT=9000 ARGS="--threads 2"
 #   make test                        all tests
+#   make test-native                 the native kernels under AddressSanitizer and UBSan
 #   make lint                        ruff and mypy
 #   make bench                       decode speed over HTTP with 1 and 16 streams, and memory
+#   make bench-step                  what a decode step costs outside native code
+#   make bench-ops                   every kernel, beside the machine's limits
 #   make bench-start                 seconds from a clone to the first token
 #   make bench-peers LLAMA_SERVER=path    beside llama.cpp's server, turn by turn
 
@@ -17,6 +20,10 @@ SOURCES := $(shell find kernels/csrc -type f) pyproject.toml constraints.txt
 PIN := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt
 PIP := $(PIN) PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 
+# Enough to reach every line of native code; whole models and the largest vocabulary are for `make test`.
+SANITIZED := $(foreach part,products attention route sampling team,tests/kernels/test_native_$(part).py) \
+	tests/kernels/test_native_invariance.py::test_a_recorded_step_is_the_eager_one -k "not 49152"
+
 # Not ?=, which would take them from the environment, where HOST is often something else.
 MODEL =
 HOST =
@@ -24,13 +31,23 @@ PORT =
 ARGS =
 
 .DELETE_ON_ERROR:
-.PHONY: serve test lint format bench bench-start bench-peers clean help
+.PHONY: serve test test-native lint format bench bench-step bench-ops bench-start bench-peers clean help
 
 serve: $(VENV)/installed
 	@$(BIN)/toptwo serve $(if $(MODEL),"$(MODEL)") $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# The interpreter is not sanitized, so the sanitizer's library must come first, and that of C++ right after
+# it, or it would miss how exceptions are thrown. Python keeps memory to its end: no search for leaks.
+test-native: $(VENV)/installed-native
+	$(BIN)/cmake -S kernels/csrc -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_COMPILER=g++ \
+		-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DTOPTWO_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		$(BIN)/python -m pytest --native build/sanitize/_native*.so $(SANITIZED) $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -44,6 +61,12 @@ format: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python tests/bench/serving.py $(ARGS)
 
+bench-step: $(VENV)/installed-dev
+	$(BIN)/python tests/bench/step_overhead.py $(MODEL) $(ARGS)
+
+bench-ops: $(VENV)/installed-dev
+	$(BIN)/python kernels/bench/ops.py $(ARGS)
+
 bench-start:
 	$(PYTHON) tests/bench/first_token.py
 
@@ -55,7 +78,7 @@ clean:
 	rm -rf $(VENV) build
 
 help:
-	@sed -n '3,9s/^#  *//p' Makefile
+	@sed -n '3,13s/^#  *//p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -69,4 +92,8 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install --editable '.[test,lint]'
+	@touch $@
+
+$(VENV)/installed-native: $(VENV)/installed-dev
+	$(PIP) install cmake ninja nanobind
 	@touch $@

@@ -12,8 +12,11 @@ namespace toptwo {
 
 namespace {
 
-// About 50 us: longer than any wait inside a step, shorter than what a sleeping process would miss.
-constexpr int kSpins = 1200;
+// About 50 us between steps: what a sleeping process would not miss.
+constexpr int kIdleSpins = 1200;
+// About 5 ms inside a step: who waits longer than microseconds waits for a member that another process has
+// displaced. Sleeping would hand that process this processor too, for a whole slice at every barrier.
+constexpr int kBarrierSpins = 120'000;
 
 void relax() {
 #if defined(__x86_64__)
@@ -44,8 +47,8 @@ void bind_to(std::thread::native_handle_type thread, int cpu) {
 
 }  // namespace
 
-void Team::Signal::wait_while(uint32_t old) {
-  for (int i = 0; i < kSpins; ++i) {
+void Team::Signal::wait_while(uint32_t old, int spins) {
+  for (int i = 0; i < spins; ++i) {
     if (value.load(std::memory_order_acquire) != old) return;
     relax();
   }
@@ -80,13 +83,13 @@ void Team::wait_for_all() {
     arrived_.store(0, std::memory_order_relaxed);
     barrier_.advance();
   } else {
-    barrier_.wait_while(now);
+    barrier_.wait_while(now, kBarrierSpins);
   }
 }
 
 void Team::work(int index) {
   for (uint32_t seen = 0;;) {
-    start_.wait_while(seen);
+    start_.wait_while(seen, kIdleSpins);
     seen = start_.value.load(std::memory_order_acquire);
     if (stopping_) return;
     Member member(*this, index);

@@ -61,7 +61,7 @@ class Team {
   struct alignas(64) Signal {
     std::atomic<uint32_t> value{0};
     std::atomic<uint32_t> sleepers{0};
-    void wait_while(uint32_t old);
+    void wait_while(uint32_t old, int spins);
     void advance();
   };
 

@@ -124,7 +124,7 @@ def test_a_row_that_is_no_number_gets_minus_one(isa: str, bad: float) -> None:
         logits = normal(vocab + 2, vocab)
         logits[range(vocab), range(vocab)] = bad  # at every place once
         logits[-1] = -torch.inf
-        rows = torch.tensor([[*filters, 0.5]], dtype=torch.float64).expand(vocab + 2, -1)
+        rows = torch.tensor([[*filters, 0.5]] * (vocab + 2), dtype=torch.float64)
         got = backend(isa).sample(logits, batch(rows))
         assert got[:vocab].tolist() == [-1] * vocab
         assert 0 <= got[vocab] < vocab

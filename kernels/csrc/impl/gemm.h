@@ -38,12 +38,13 @@ static inline void int8_tile(const Matrix& w, const uint8_t* block, const Inputs
     I8 dot[NT][NB];
     for (int t = 0; t < NT; ++t)
       for (int b = 0; b < NB; ++b) dot[t][b] = i8_zero();
+#pragma GCC unroll 2
     for (int j = 0; j < 16; ++j) {
       I8 weights[NB];
       for (int b = 0; b < NB; ++b) weights[b] = i8_load_s16(q + b * stride + 16 * j);
       for (int t = 0; t < NT; ++t) {
         const I8 input = i8_broadcast4(x.row[t] + (g * kGroup + 2 * j) * 2);
-        for (int b = 0; b < NB; ++b) dot[t][b] = i8_dot_s16(dot[t][b], weights[b], input);
+        for (int b = 0; b < NB; ++b) i8_dot_s16(dot[t][b], weights[b], input);
       }
     }
     for (int b = 0; b < NB; ++b) {

@@ -71,9 +71,8 @@ static inline I8 i8_load_s16(const void* p) {
   return r;
 }
 static inline int32_t signed_half(int32_t lane, int k) { return int16_t(uint32_t(lane) >> (16 * k)); }
-static inline I8 i8_dot_s16(I8 acc, I8 w, I8 x) {
+static inline void i8_dot_s16(I8& acc, I8 w, I8 x) {
   LANES for (int k = 0; k < 2; ++k) acc.a[i] += signed_half(w.a[i], k) * signed_half(x.a[i], k);
-  return acc;
 }
 static inline I8 i8_dot_u4(const I8 (&w)[8], const int8_t* x) {
   I8 sum = i8_zero();
