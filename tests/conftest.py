@@ -12,13 +12,16 @@ NATIVE = "toptwo_kernels.cpu._native"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--native", type=Path, help="test this build of the native extension, not the installed one")
+    parser.addoption(
+        "--native", type=Path, help="test this build of the native extension, not the installed one"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--native")
     if path:
         spec = spec_from_file_location(NATIVE, path)
-        assert spec and spec.loader
+        assert spec
+        assert spec.loader
         sys.modules[NATIVE] = module_from_spec(spec)
         spec.loader.exec_module(sys.modules[NATIVE])

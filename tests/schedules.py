@@ -1,4 +1,4 @@
-"""Requests served by a scheduler and a runner in one process, with the logits that every token was drawn from."""
+"""Requests served by a scheduler and a runner in one process, with the logits each token was drawn from."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Stopwatch:
 
 
 def watch_native(runtime: Runtime) -> Stopwatch:
-    """A stopwatch on every native call that a step makes. Reaches into the runtime, as only a benchmark may."""
+    """A stopwatch on every native call of a step. Reaches into the runtime, as only a benchmark may."""
     watch = Stopwatch()
     step: Any = runtime.step
     step._program = NativeCalls(step._program, watch.wrap(step._program.run))
@@ -69,7 +69,9 @@ class NativeCalls:
 def measure(runtime: Runtime, watch: Stopwatch, streams: int) -> tuple[float, float]:
     """Medians of a decode step's seconds, and of its share outside native code."""
     info = runtime.info
-    limits = SchedulerLimits(info.vocab_size, info.max_model_len, info.max_num_seqs, info.max_step_tokens, True)
+    limits = SchedulerLimits(
+        info.vocab_size, info.max_model_len, info.max_num_seqs, info.max_step_tokens, True
+    )
     scheduler = Scheduler(limits, BlockPool(info.num_blocks, info.block_size))
     for index in range(streams):
         prompt = [(index * 7919 + position * 31) % info.vocab_size for position in range(PROMPT)]
@@ -90,7 +92,9 @@ def measure(runtime: Runtime, watch: Stopwatch, streams: int) -> tuple[float, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, help="checkpoint directory; default: the default model")
+    parser.add_argument(
+        "model", nargs="?", type=Path, help="checkpoint directory; default: the default model"
+    )
     parser.add_argument("--streams", default="1,16")
     parser.add_argument("--quantization", default="int8")
     arguments = parser.parse_args()
@@ -106,8 +110,8 @@ def main() -> None:
     for streams in (int(n) for n in arguments.streams.split(",")):
         total, outside = measure(runtime, watch, streams)
         print(
-            f"{streams:3d} streams: decode step {total * 1e3:.2f} ms, {outside:.1%} of it outside native code "
-            f"(medians of {STEPS} steps, {arguments.quantization})"
+            f"{streams:3d} streams: decode step {total * 1e3:.2f} ms, {outside:.1%} of it outside "
+            f"native code (medians of {STEPS} steps, {arguments.quantization})"
         )
 
 

@@ -1,4 +1,4 @@
-"""Attention of the native backend against the reference, over a cache that holds NaN wherever nothing was written."""
+"""Attention of the native backend against the reference, over a cache of NaN wherever nothing was written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LARGEST = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 MEAN = {torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 4e-5}
 
-# Rows of (sequence, tokens) of steps over sequences of 40, 21 and 70 tokens: prompts, chunks, decoding, mixed.
+# Rows of (sequence, tokens) of steps over sequences of 40, 21 and 70 tokens: prompts, chunks, decoding, all.
 Steps = list[list[tuple[int, int]]]
 LENGTHS = [40, 21, 70]
 STEPS = [
@@ -62,7 +62,9 @@ def test_groups_of_heads(isa: str, head_dim: int, per_kv_head: int) -> None:
 
 @every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", [HeadShape(1, 1, 24), HeadShape(3, 3, 40), HeadShape(5, 1, 32), HeadShape(8, 2, 72)])
+@pytest.mark.parametrize(
+    "heads", [HeadShape(1, 1, 24), HeadShape(3, 3, 40), HeadShape(5, 1, 32), HeadShape(8, 2, 72)]
+)
 def test_other_shapes(isa: str, dtype: torch.dtype, heads: HeadShape) -> None:
     both(isa, heads, dtype, STEPS)
 

@@ -1,4 +1,4 @@
-"""What the native backend promises beyond its values: a row's result does not depend on its company, bit by bit.
+"""What the native backend promises beyond its values: a row's result never depends on its company, to the bit.
 
 Not on the other rows of the step, their number or its place among them; not on the chunks of a prompt; not
 on the number of threads; not on whether the step was recorded. Everything here is compared by equality.
@@ -127,7 +127,19 @@ def test_attention(isa: str, dtype: torch.dtype, heads: HeadShape) -> None:
     whole = chunked(sequences(), LENGTH)
     assert not whole.isnan().any()
     for threads in THREADS:
-        for sizes in ((LENGTH,), (1,), (2,), (3,), (5,), (15,), (16,), (17,), (33,), (LENGTH - 1,), (7, 30, 1)):
+        for sizes in (
+            (LENGTH,),
+            (1,),
+            (2,),
+            (3,),
+            (5,),
+            (15,),
+            (16,),
+            (17,),
+            (33,),
+            (LENGTH - 1,),
+            (7, 30, 1),
+        ):
             assert torch.equal(chunked(sequences(threads), *sizes), whole), f"chunks of {sizes}"
         company = sequences(threads, (LENGTH, 3, 16, 130, 40))
         company.step([(3, 90), (0, 9)])
@@ -162,7 +174,9 @@ def test_a_recorded_step_is_the_eager_one(isa: str, weight_format: WeightFormat,
     def forward(plan: object, kv: Any) -> Tensor:
         x = ops.embed(table, plan)
         for _ in range(2):  # the second time, buffers are used again
-            attended = ops.attention(ops.linear(ops.rms_norm(x, weight, 1e-5), qkv), rope, kv, plan, heads, 0.5)
+            attended = ops.attention(
+                ops.linear(ops.rms_norm(x, weight, 1e-5), qkv), rope, kv, plan, heads, 0.5
+            )
             x = ops.add(x, ops.linear(attended, out))
             normed = ops.layer_norm(x, weight, 1e-5)
             routing = ops.route(normed, router, RouterSpec(5, 2))
@@ -190,8 +204,14 @@ def test_a_recorded_step_is_the_eager_one(isa: str, weight_format: WeightFormat,
         assert eager.shape == (len(wanted), vocab)
         assert torch.equal(replay(batch), eager)
     with pytest.raises(ValueError, match="larger than the recorded one"):
-        replay(StepBatch(*(torch.zeros(41, dtype=torch.int64),) * 5, torch.zeros(1, 1, dtype=torch.int64), 16,
-                         torch.zeros(1, dtype=torch.int64)))
+        replay(
+            StepBatch(
+                *(torch.zeros(41, dtype=torch.int64),) * 5,
+                torch.zeros(1, 1, dtype=torch.int64),
+                16,
+                torch.zeros(1, dtype=torch.int64),
+            )
+        )
 
 
 # --- The whole model ------------------------------------------------------------------------------
@@ -205,7 +225,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 WANTED = request("it", seed=7, temperature=0.8, top_p=0.9)
-SETTINGS = [("int8", "auto"), ("int4", "auto"), ("int8", "float32"), ("none", "float32"), ("none", "bfloat16")]
+SETTINGS = [
+    ("int8", "auto"),
+    ("int4", "auto"),
+    ("int8", "float32"),
+    ("none", "float32"),
+    ("none", "bfloat16"),
+]
 
 
 @pytest.mark.parametrize(("quantization", "dtype"), SETTINGS)

@@ -1,4 +1,4 @@
-"""Products of the native backend, for every format, shape and instruction set, against the reference's rounding.
+"""Products of the native backend, for every format, shape and instruction set, against the reference's.
 
 The quantised formats are a definition (`reference.quantization`): weights and activations are rounded as
 it says, and what is left of a difference is the order of float32 additions. Products with float formats

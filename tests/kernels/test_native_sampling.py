@@ -100,7 +100,10 @@ def test_same_token_for_the_same_uniform(isa: str, kind: str, vocab: int, draws:
     every_tenth = range(0, len(grid), 10)
     for row in {*differs, *every_tenth}:
         assert possible(logits[row], filters[row].tolist(), int(got[row])), filters[row].tolist()
-        assert not possible(logits[row], filters[row].tolist(), (int(got[row]) + vocab // 2) % vocab) or vocab == 1
+        assert (
+            not possible(logits[row], filters[row].tolist(), (int(got[row]) + vocab // 2) % vocab)
+            or vocab == 1
+        )
 
 
 @every_instruction_set

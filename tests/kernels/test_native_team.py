@@ -125,7 +125,9 @@ matrix = ops.pack(torch.randn(40, 64), "int8")
 replay = ops.record(lambda plan: ops.linear(torch.zeros(4, 64), matrix), 4)
 print(ops.linear(torch.ones(1, 64), matrix).shape[1])
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "40\n", "")
 
 

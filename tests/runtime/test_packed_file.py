@@ -115,7 +115,9 @@ def test_a_changed_byte_is_found(path: Path, part: str, flip: int) -> None:
         content[at] ^= flip
         path.write_bytes(content)
         with capture_logs() as logs:
-            assert read_packed(path, FINGERPRINT) is None, f"byte {at}: {bytes(content[max(0, at - 20) : at + 9])!r}"
+            assert read_packed(path, FINGERPRINT) is None, (
+                f"byte {at}: {bytes(content[max(0, at - 20) : at + 9])!r}"
+            )
         assert [entry["event"] for entry in logs] == ["the packed weights are damaged and are made anew"] or (
             part == "table"  # its fingerprint may have become that of another checkpoint
         )
@@ -127,7 +129,16 @@ def test_a_changed_byte_is_found(path: Path, part: str, flip: int) -> None:
 def test_a_file_of_another_length_is_found(path: Path) -> None:
     write(path)
     content = path.read_bytes()
-    for length in (0, 1, HEADER.size - 1, HEADER.size, PAGE, len(content) // 2, len(content) - 1, len(content) + 1):
+    for length in (
+        0,
+        1,
+        HEADER.size - 1,
+        HEADER.size,
+        PAGE,
+        len(content) // 2,
+        len(content) - 1,
+        len(content) + 1,
+    ):
         path.write_bytes((content + b"}")[:length])
         with capture_logs() as logs:
             assert read_packed(path, FINGERPRINT) is None
@@ -188,14 +199,16 @@ def test_a_really_full_disk_costs_the_file_only(path: Path) -> None:
 
 
 def test_what_could_not_be_finished_leaves_nothing(path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), PackedWriter(path, FINGERPRINT) as writer:
+    with pytest.raises(KeyboardInterrupt), PackedWriter(path, FINGERPRINT) as writer:  # noqa: PT012
         writer.add("embed", WEIGHTS["embed"])
         assert list(path.parent.iterdir())
         raise KeyboardInterrupt
     assert not list(path.parent.iterdir())
 
 
-def test_the_old_file_stays_until_the_new_one_is_complete(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_file_stays_until_the_new_one_is_complete(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(path)
     before = path.read_bytes()
     monkeypatch.setattr(os, "fsync", fail)
@@ -210,7 +223,11 @@ def test_unfinished_files_of_the_dead_are_removed(path: Path) -> None:
     path.parent.mkdir()
     dead, alive, stranger = (
         path.with_name(name)
-        for name in (f"{path.name}.tmp-{ended.pid}", f"{path.name}.tmp-{os.getppid()}", f"other.tmp-{ended.pid}")
+        for name in (
+            f"{path.name}.tmp-{ended.pid}",
+            f"{path.name}.tmp-{os.getppid()}",
+            f"other.tmp-{ended.pid}",
+        )
     )
     for each in (dead, alive, stranger):
         each.touch()

@@ -1,4 +1,4 @@
-"""Packed weights from a checkpoint to logits: kept at the first start, mapped at the next, never trusted blindly."""
+"""Packed weights from a checkpoint to logits: kept at the first start, mapped at the next, never just trusted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from toptwo.messages import NewSequence, Row, SamplingParams, StepPlan
 from toptwo.runtime import packed_file, weights
 from toptwo_kernels import cpu
 
-pytestmark = pytest.mark.skipif(not cpu.instruction_sets(), reason="packed weights belong to the native backend")
+pytestmark = pytest.mark.skipif(
+    not cpu.instruction_sets(), reason="packed weights belong to the native backend"
+)
 
 DAMAGED = "the packed weights are damaged and are made anew"
 TESTS = Path(__file__).parents[1]
@@ -158,7 +160,9 @@ def test_a_file_under_another_formats_name_is_not_taken_for_it(checkpoint: Path)
     assert torch.equal(logits(checkpoint, "int4"), first)
 
 
-def test_another_checkpoint_is_packed_anew(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_another_checkpoint_is_packed_anew(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     before = logits(checkpoint)
     write_mixtral(checkpoint, seed=1)
     other = tmp_path_factory.mktemp("other")
@@ -193,7 +197,10 @@ def test_where_nothing_may_be_written_the_cache_directory_is_used(
 
 
 def test_two_checkpoints_do_not_share_a_cached_file(
-    original: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    original: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -250,10 +257,15 @@ print(json.dumps([before[0], peak, anonymous - before[1]]))
 def test_loading_holds_the_packed_weights_and_one_tensor(
     tmp_path_factory: pytest.TempPathFactory, quantization: str
 ) -> None:
-    """A checkpoint of 200 MiB: its pages, and what was made of them, are let go as soon as they are done with."""
+    """A checkpoint of 200 MiB: its pages, and what was made of them, are let go as soon as they are done."""
     directory = tmp_path_factory.getbasetemp() / "large"
     if not directory.exists():
-        shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_local_experts": 8}
+        shape = {
+            "hidden_size": 512,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 4,
+            "num_local_experts": 8,
+        }
         write_mixtral(directory, **shape)
     largest_tensor = 8 * 2 * 1024 * 512 * 4
     assert (directory / "model.safetensors").stat().st_size > 200 * MIB
@@ -261,7 +273,9 @@ def test_loading_holds_the_packed_weights_and_one_tensor(
     def measure() -> tuple[int, int, int]:
         command = [sys.executable, "-c", MEASURE, str(directory), quantization]
         environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, check=True, env=environment
+        )
         start, peak, anonymous = json.loads(ended.stdout)
         return start, peak, anonymous
 
