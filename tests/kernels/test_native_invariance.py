@@ -1,4 +1,4 @@
-"""What the native backend promises beyond its values: a row's result never depends on its company, to the bit.
+"""Beyond its values, the native backend promises that a row never depends on its company, bit by bit.
 
 Not on the other rows of the step, their number or its place among them; not on the chunks of a prompt; not
 on the number of threads; not on whether the step was recorded. Everything here is compared by equality.

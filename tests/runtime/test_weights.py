@@ -1,4 +1,4 @@
-"""Packed weights from a checkpoint to logits: kept at the first start, mapped at the next, never just trusted."""
+"""Packed weights from a checkpoint to logits: kept at the first start, mapped at the next, never believed."""
 
 from __future__ import annotations
 
