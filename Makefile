@@ -90,9 +90,10 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 	$(PIP) install --editable .
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
+# Not after `installed`: that would build the native backend twice.
+$(VENV)/installed-dev: $(BIN)/python $(SOURCES)
 	$(PIP) install --editable '.[test,lint]'
-	@touch $@
+	@touch $(VENV)/installed $@
 
 $(VENV)/installed-native: $(VENV)/installed-dev
 	$(PIP) install cmake ninja nanobind
