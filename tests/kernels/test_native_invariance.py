@@ -38,17 +38,17 @@ def check_rows(isa: str, compute: Compute) -> None:
     for threads in THREADS:
         ops = backend(isa, threads)
         assert torch.equal(compute(ops, everyone), whole)
-        for row in range(ROWS):
-            assert torch.equal(compute(ops, everyone[row : row + 1])[0], whole[row])
-        for size in (2, 3, 4, 5, 6, 7, 8, 9, 15, 31):
-            for first in range(0, ROWS - size + 1, 3):
-                part = slice(first, first + size)
-                assert torch.equal(compute(ops, everyone[part]), whole[part]), f"{size} rows from {first}"
-        for seed in range(3):
-            order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))
-            assert torch.equal(compute(ops, order), whole[order])
         often = torch.tensor([5] * 300)  # the same row everywhere
         assert torch.equal(compute(ops, often), whole[often])
+        order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(threads))
+        assert torch.equal(compute(ops, order), whole[order])
+        # Threads that outnumber processors take turns slowly: a few batches, where one thread does all.
+        for row in range(ROWS) if threads == 1 else (0, 13, 31):
+            assert torch.equal(compute(ops, everyone[row : row + 1])[0], whole[row])
+        for size in (2, 3, 4, 5, 6, 7, 8, 9, 15, 31) if threads == 1 else (3, 9):
+            for first in range(0, ROWS - size + 1, 3 if threads == 1 else 11):
+                part = slice(first, first + size)
+                assert torch.equal(compute(ops, everyone[part]), whole[part]), f"{size} rows from {first}"
 
 
 @every_instruction_set
@@ -111,6 +111,21 @@ def test_norms(isa: str, name: str, size: int) -> None:
 # --- Attention ------------------------------------------------------------------------------------
 
 LENGTH = 75
+# Chunks of a prompt; the last size is repeated to the end.
+SIZES = [
+    (LENGTH,),
+    (7, 30, 38),
+    (1,),
+    (2,),
+    (3,),
+    (5,),
+    (15,),
+    (16,),
+    (17,),
+    (33,),
+    (LENGTH - 1,),
+    (7, 30, 1),
+]
 
 
 @every_instruction_set
@@ -127,19 +142,7 @@ def test_attention(isa: str, dtype: torch.dtype, heads: HeadShape) -> None:
     whole = chunked(sequences(), LENGTH)
     assert not whole.isnan().any()
     for threads in THREADS:
-        for sizes in (
-            (LENGTH,),
-            (1,),
-            (2,),
-            (3,),
-            (5,),
-            (15,),
-            (16,),
-            (17,),
-            (33,),
-            (LENGTH - 1,),
-            (7, 30, 1),
-        ):
+        for sizes in SIZES if threads == 1 else SIZES[:2]:
             assert torch.equal(chunked(sequences(threads), *sizes), whole), f"chunks of {sizes}"
         company = sequences(threads, (LENGTH, 3, 16, 130, 40))
         company.step([(3, 90), (0, 9)])
@@ -246,20 +249,20 @@ def test_a_request_is_computed_the_same_in_every_way(checkpoint: Path, quantizat
         assert got.tokens["it"] == alone.tokens["it"]
         assert torch.equal(torch.stack(got.logits["it"]), torch.stack(alone.logits["it"]))
 
-    for threads in (1, 2):
-        check(serve([WANTED], threads=threads))
+    check(serve([WANTED], threads=2))
+    for threads in (1, 2) if (quantization, dtype) in SETTINGS[:2] else (1,):
         crowd = serve([*strangers(31), WANTED], threads=threads)
         assert crowd.largest_batch > 16
         check(crowd)
-        check(serve([WANTED, *strangers(31)], max_step_tokens=64, threads=threads))
-        for budget in (32, 33, 47):
-            check(serve([WANTED], max_step_tokens=budget, threads=threads))
-        earlier = GenerateRequest("earlier", WANTED.prompt_ids, WANTED.sampling, 3)
-        cached = serve([earlier], [WANTED], threads=threads)
-        assert cached.cached["it"] == 48
-        check(cached)
-        company = [request(f"s{i}", seed=i, length=40, max_tokens=60) for i in range(3)]
-        for prefix_caching in (True, False):
-            resumed = serve([*company, WANTED], num_blocks=16, prefix_caching=prefix_caching, threads=threads)
-            assert "it" in resumed.preempted
-            check(resumed)
+    check(serve([WANTED, *strangers(31)], max_step_tokens=64))
+    for budget in (32, 33, 47):
+        check(serve([WANTED], max_step_tokens=budget))
+    earlier = GenerateRequest("earlier", WANTED.prompt_ids, WANTED.sampling, 3)
+    cached = serve([earlier], [WANTED])
+    assert cached.cached["it"] == 48
+    check(cached)
+    company = [request(f"s{i}", seed=i, length=40, max_tokens=60) for i in range(3)]
+    for prefix_caching in (True, False):
+        resumed = serve([*company, WANTED], num_blocks=16, prefix_caching=prefix_caching)
+        assert "it" in resumed.preempted
+        check(resumed)

@@ -46,7 +46,7 @@ def work(ops: Any, matrix: Any, rounds: int) -> None:
 def test_many_small_steps(threads: int) -> None:
     ops = cpu.create(threads, ISA)
     assert ops.tape.workers.threads == threads
-    work(ops, ops.pack(normal(300, 64), "int8"), 1000)
+    work(ops, ops.pack(normal(300, 64), "int8"), 200)
 
 
 def test_several_backends_at_once() -> None:
@@ -56,7 +56,7 @@ def test_several_backends_at_once() -> None:
 
     def serve() -> None:
         try:
-            work(cpu.create(MORE_THAN_CORES, ISA), matrix, 100)
+            work(cpu.create(MORE_THAN_CORES, ISA), matrix, 30)
         except BaseException as error:
             errors.append(error)
 

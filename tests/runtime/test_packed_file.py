@@ -97,7 +97,7 @@ def places(path: Path) -> Iterator[tuple[str, int]]:
     """Where a byte may change: every one of the header and the table, some of every weight."""
     content = path.read_bytes()
     offset, size = HEADER.unpack_from(content)[3:5]
-    yield from (("header", at) for at in range(HEADER.size) if at not in range(28, 32))  # which are unused
+    yield from (("header", at) for at in range(HEADER.size))
     yield from (("table", at) for at in range(offset, offset + size))
     for entry in msgspec.json.decode(content[offset : offset + size], type=packed_file.Table).entries:
         begin, end = entry.offset, entry.offset + entry.size
