@@ -83,6 +83,24 @@ static double gather(const std::vector<float>& weights, float threshold, std::ve
   return mass;
 }
 
+// Bring the best candidates to the front in order and drop the others: `count` of them, or four times as
+// many until their mass is enough. Flat distributions have tens of thousands of candidates.
+template <class Enough>
+static void sort_best(std::vector<Candidate>& found, int64_t count, Enough enough) {
+  auto better = [](const Candidate& x, const Candidate& y) {
+    return x.weight != y.weight ? x.weight > y.weight : x.id < y.id;
+  };
+  for (; count < int64_t(found.size()); count *= 4) {
+    std::nth_element(found.begin(), found.begin() + count, found.end(), better);
+    double mass = 0.0;
+    for (int64_t i = 0; i < count; ++i) mass += found[size_t(i)].weight;
+    if (!enough(mass)) continue;
+    found.resize(size_t(count));
+    break;
+  }
+  std::sort(found.begin(), found.end(), better);
+}
+
 static int64_t sample(const SampleArgs& a) {
   float most = largest(a.logits, a.vocab);
   if (!std::isfinite(most)) return -1;
@@ -116,8 +134,8 @@ static int64_t sample(const SampleArgs& a) {
                          : mass >= a.top_p * total || double(threshold) <= a.min_p;
     if (enough || threshold == 0.0f) break;
   }
-  std::sort(found.begin(), found.end(), [](const Candidate& x, const Candidate& y) {
-    return x.weight != y.weight ? x.weight > y.weight : x.id < y.id;
+  sort_best(found, some_k ? a.top_k : 256, [&](double mass) {
+    return some_k || (a.top_p < 1.0 && mass >= a.top_p * total);
   });
   int64_t count = kept(found, a, total);
   return found[size_t(invert(count, a.uniform, [&](int64_t i) { return found[size_t(i)].weight; }))].id;
