@@ -253,20 +253,11 @@ print(json.dumps([before[0], peak, anonymous - before[1]]))
 """
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_loading_holds_the_packed_weights_and_one_tensor(
-    tmp_path_factory: pytest.TempPathFactory, quantization: str
-) -> None:
+def test_loading_holds_the_packed_weights_and_one_tensor(tmp_path: Path) -> None:
     """A checkpoint of 200 MiB: its pages, and what was made of them, are let go as soon as they are done."""
-    directory = tmp_path_factory.getbasetemp() / "large"
-    if not directory.exists():
-        shape = {
-            "hidden_size": 512,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 4,
-            "num_local_experts": 8,
-        }
-        write_mixtral(directory, **shape)
+    directory, quantization = tmp_path, "int8"
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_local_experts": 8}
+    write_mixtral(directory, **shape)
     largest_tensor = 8 * 2 * 1024 * 512 * 4
     assert (directory / "model.safetensors").stat().st_size > 200 * MIB
 

@@ -1,13 +1,21 @@
 // Matrix products over interleaved blocks. A tile is NT tokens x NB blocks of 8 rows; tiles of every
 // size add up the inputs of an output in the same order, so GEMV and GEMM agree bit by bit.
 
-// Four row streams for one token keep memory busy; several tokens share a load of the weights.
-constexpr int kTokens = 4, kWide = 4, kNarrow = 2;
+// For one token four streams of weights keep memory busy: four blocks, or four pairs of them in int4. Several
+// tokens share a load of the weights; registers are then short, two blocks are all that fit, and memory is kept
+// busy by asking for weights ahead of their use.
+constexpr int kTokens = 4, kNarrow = 2;
+constexpr int wide(Format f) { return f == Format::int4 ? 8 : 4; }
+
+static inline void prefetch(const uint8_t* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i);
+}
 
 template <int NT>
 struct Inputs {
   const uint8_t* row[NT];
   RowLayout layout;
+  bool first;  // of the tiles that read these weights: the others find them in the cache
 };
 
 template <Format F>
@@ -32,23 +40,25 @@ static inline void float_tile(const Matrix& w, const uint8_t* block, const Input
 
 template <int NT, int NB>
 static inline void int8_tile(const Matrix& w, const uint8_t* block, const Inputs<NT>& x, F8 (&acc)[NT][NB]) {
-  const int64_t stride = w.block_bytes(), quants = w.quants_offset(), groups = w.groups();
+  const int64_t stride = w.block_bytes(), groups = w.groups();
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* q = block + quants + g * 256;
+    const uint8_t* base = block + g * kInt8Group;
+    if (NB == kNarrow && x.first)  // the same place in the next tile
+      for (int b = 0; b < NB; ++b) prefetch(base + (NB + b) * stride, kInt8Group);
     I8 dot[NT][NB];
     for (int t = 0; t < NT; ++t)
       for (int b = 0; b < NB; ++b) dot[t][b] = i8_zero();
-#pragma GCC unroll 2
+#pragma GCC unroll 16
     for (int j = 0; j < 16; ++j) {
       I8 weights[NB];
-      for (int b = 0; b < NB; ++b) weights[b] = i8_load_s16(q + b * stride + 16 * j);
+      for (int b = 0; b < NB; ++b) weights[b] = i8_load_s16(base + b * stride + 16 + 16 * j);
       for (int t = 0; t < NT; ++t) {
         const I8 input = i8_broadcast4(x.row[t] + (g * kGroup + 2 * j) * 2);
         for (int b = 0; b < NB; ++b) i8_dot_s16(dot[t][b], weights[b], input);
       }
     }
     for (int b = 0; b < NB; ++b) {
-      F8 scales = f8_load_f16(reinterpret_cast<const uint16_t*>(block + b * stride) + 8 * g);
+      F8 scales = f8_load_f16(reinterpret_cast<const uint16_t*>(base + b * stride));
       for (int t = 0; t < NT; ++t) {
         float scale = reinterpret_cast<const float*>(x.row[t] + x.layout.scales())[g];
         acc[t][b] = f8_fma(i8_to_f8(dot[t][b]), f8_mul(scales, f8_set1(scale)), acc[t][b]);
@@ -59,24 +69,33 @@ static inline void int8_tile(const Matrix& w, const uint8_t* block, const Inputs
 
 template <int NT, int NB>
 static inline void int4_tile(const Matrix& w, const uint8_t* block, const Inputs<NT>& x, F8 (&acc)[NT][NB]) {
-  const int64_t stride = w.block_bytes(), zeros = w.zeros_offset(), quants = w.quants_offset();
-  const int64_t groups = w.groups();
+  const int64_t stride = 2 * w.block_bytes(), groups = w.groups();
   for (int64_t g = 0; g < groups; ++g) {
-    for (int b = 0; b < NB; ++b) {
-      const uint8_t* base = block + b * stride;
-      I8 weights[8];
-      for (int j = 0; j < 4; ++j) {
-        I8 packed = i8_load(base + quants + g * 128 + 32 * j);
-        weights[j] = i8_low_nibbles(packed);
-        weights[4 + j] = i8_high_nibbles(packed);
+    if (NB == kNarrow && x.first) prefetch(block + g * kInt4Group + 1024, kInt4Group);
+    const uint8_t* base[NB];
+    I8 dot[NT][NB];
+    for (int b = 0; b < NB; ++b) base[b] = block + b / 2 * stride + g * kInt4Group;
+    for (int t = 0; t < NT; ++t)
+      for (int b = 0; b < NB; ++b) dot[t][b] = i8_zero();
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      I8 weights[NB];
+      for (int b = 0; b < NB; ++b) {
+        const I8 both = i8_load(base[b] + 48 + b % 2 * 128 + j % 4 * 32);
+        weights[b] = j < 4 ? i8_low_nibbles(both) : i8_high_nibbles(both);
       }
-      F8 scales = f8_load_f16(reinterpret_cast<const uint16_t*>(base) + 8 * g);
-      I8 zero = i8_load_u8(base + zeros + 8 * g);
       for (int t = 0; t < NT; ++t) {
-        I8 dot = i8_dot_u4(weights, reinterpret_cast<const int8_t*>(x.row[t]) + g * kGroup);
+        const I8 input = i8_broadcast4(x.row[t] + g * kGroup + 4 * j);
+        for (int b = 0; b < NB; ++b) i8_dot_u4(dot[t][b], weights[b], input);
+      }
+    }
+    for (int b = 0; b < NB; ++b) {
+      F8 scales = f8_load_f16(reinterpret_cast<const uint16_t*>(base[b] + b % 2 * 16));
+      I8 zero = i8_load_u8(base[b] + 32 + b % 2 * 8);
+      for (int t = 0; t < NT; ++t) {
         I8 sum = i8_set1(reinterpret_cast<const int32_t*>(x.row[t] + x.layout.sums())[g]);
         float scale = reinterpret_cast<const float*>(x.row[t] + x.layout.scales())[g] * 0.0625f;
-        F8 value = i8_to_f8(i8_sub_zero(dot, zero, sum));
+        F8 value = i8_to_f8(i8_sub_zero(i8_sum_u4(dot[t][b]), zero, sum));
         acc[t][b] = f8_fma(value, f8_mul(scales, f8_set1(scale)), acc[t][b]);
       }
     }
@@ -92,7 +111,7 @@ static inline void store_rows(float* y, F8 value, int64_t rows) {
 
 template <Format F, int NT, int NB>
 static void tile(const GemmArgs& a, int64_t token, int64_t block) {
-  Inputs<NT> x{{}, RowLayout(a.w.cols, F)};
+  Inputs<NT> x{{}, RowLayout(a.w.cols, F), token == 0};
   for (int t = 0; t < NT; ++t)
     x.row[t] = a.x + (a.x_rows ? a.x_rows[token + t] : token + t) * a.x_stride;
   F8 acc[NT][NB];
@@ -134,11 +153,15 @@ static void all_tokens(const GemmArgs& a, int64_t block) {
 
 template <Format F>
 static void gemm_of(const GemmArgs& a) {
+  constexpr int kWide = wide(F);
   int64_t block = a.block_begin;
   if (a.count == 1)
     for (; block + kWide <= a.block_end; block += kWide) tile<F, 1, kWide>(a, 0, block);
+  if (F == Format::int8 && a.count == 2)
+    for (; block + kWide <= a.block_end; block += kWide) tile<F, 2, kWide>(a, 0, block);
   for (; block + kNarrow <= a.block_end; block += kNarrow) all_tokens<F, kNarrow>(a, block);
-  for (; block < a.block_end; ++block) all_tokens<F, 1>(a, block);
+  if constexpr (F != Format::int4)
+    for (; block < a.block_end; ++block) all_tokens<F, 1>(a, block);
 }
 
 static void gemm(const GemmArgs& a) {

@@ -38,10 +38,10 @@ static float search_int8(const float* w) {
   return best;
 }
 
-static void pack_int8_group(const float* w, int row, int64_t g, uint8_t* block, const Matrix& m) {
+static void pack_int8_group(const float* w, int row, const Group& group) {
   const float scale = search_int8(w), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  reinterpret_cast<uint16_t*>(block)[8 * g + row] = to_f16(scale);
-  int8_t* q = reinterpret_cast<int8_t*>(block + m.quants_offset() + g * 256);
+  reinterpret_cast<uint16_t*>(group.scales)[row] = to_f16(scale);
+  int8_t* q = reinterpret_cast<int8_t*>(group.quants);
   for (int i = 0; i < kGroup; ++i)
     q[i / 2 * 16 + row * 2 + i % 2] = int8_t(clamp(std::nearbyintf(w[i] * inverse), -127.0f, 127.0f));
 }
@@ -84,16 +84,14 @@ static Int4 search_int4(const float* w) {
   return best;
 }
 
-static void pack_int4_group(const float* w, int row, int64_t g, uint8_t* block, const Matrix& m) {
-  Int4 best = search_int4(w);
-  float inverse = best.scale > 0.0f ? 1.0f / best.scale : 0.0f, offset = best.zero * 0.0625f;
-  reinterpret_cast<uint16_t*>(block)[8 * g + row] = to_f16(best.scale);
-  block[m.zeros_offset() + 8 * g + row] = uint8_t(best.zero);
-  uint8_t* q = block + m.quants_offset() + g * 128;
-  for (int i = 0; i < kGroup; ++i) {
-    int value = int(clamp(std::nearbyintf(fma1(w[i], inverse, offset)), 0.0f, 15.0f));
-    q[i % 16 / 4 * 32 + row * 4 + i % 4] |= uint8_t(i < 16 ? value : value << 4);
-  }
+static void pack_int4_group(const float* w, int row, const Group& group) {
+  const Int4 best = search_int4(w);
+  const float inverse = best.scale > 0.0f ? 1.0f / best.scale : 0.0f, offset = best.zero * 0.0625f;
+  reinterpret_cast<uint16_t*>(group.scales)[row] = to_f16(best.scale);
+  group.zeros[row] = uint8_t(best.zero);
+  auto rounded = [&](int i) { return int(clamp(std::nearbyintf(fma1(w[i], inverse, offset)), 0.0f, 15.0f)); };
+  for (int i = 0; i < kGroup / 2; ++i)
+    group.quants[i / 4 * 32 + row * 4 + i % 4] = uint8_t(rounded(i) | rounded(i + 16) << 4);
 }
 
 // Which row of the source becomes a packed row; -1 for padding.
@@ -104,55 +102,52 @@ static int64_t source_row(const PackArgs& a, int64_t row) {
   return index < half ? index + block % 2 * half : -1;
 }
 
-static void pack(const PackArgs& a) {
+static void pack_quantized_row(const PackArgs& a, int64_t block, int row, int64_t index) {
   const Matrix& m = a.target;
-  for (int64_t b = a.block_begin; b < a.block_end; ++b) {
-    uint8_t* block = const_cast<uint8_t*>(m.block(b));
-    std::memset(block, 0, size_t(m.block_bytes()));
-    for (int row = 0; row < kRows; ++row) {
-      const int64_t index = source_row(a, b * kRows + row);
-      if (index < 0) continue;
-      const int64_t from = index * m.cols;
-      if (is_quantized(m.format)) {
-        for (int64_t g = 0; g < m.groups(); ++g) {
-          float w[kGroup];
-          for (int64_t i = 0; i < kGroup; ++i) {
-            int64_t k = g * kGroup + i;
-            w[i] = k < m.cols ? source_value(a.source, a.source_format, from + k) : 0.0f;
-          }
-          (m.format == Format::int8 ? pack_int8_group : pack_int4_group)(w, row, g, block, m);
-        }
-        continue;
-      }
-      for (int64_t k = 0; k < m.cols; ++k) {
-        float w = source_value(a.source, a.source_format, from + k);
-        if (m.format == Format::f32) reinterpret_cast<float*>(block)[8 * k + row] = w;
-        else reinterpret_cast<uint16_t*>(block)[8 * k + row] = m.format == Format::f16 ? to_f16(w) : to_bf16(w);
-      }
+  for (int64_t g = 0; g < m.groups(); ++g) {
+    float w[kGroup];
+    for (int64_t i = 0; i < kGroup; ++i) {
+      const int64_t k = g * kGroup + i;
+      w[i] = index >= 0 && k < m.cols ? source_value(a.source, a.source_format, index * m.cols + k) : 0.0f;
+    }
+    (m.format == Format::int8 ? pack_int8_group : pack_int4_group)(w, row, m.group(block, g));
+  }
+}
+
+static void pack_float_row(const PackArgs& a, int64_t block, int row, int64_t index) {
+  const Matrix& m = a.target;
+  uint8_t* base = const_cast<uint8_t*>(m.block(block));
+  for (int64_t k = 0; k < m.cols; ++k) {
+    const float w = index >= 0 ? source_value(a.source, a.source_format, index * m.cols + k) : 0.0f;
+    if (m.format == Format::f32) reinterpret_cast<float*>(base)[8 * k + row] = w;
+    else reinterpret_cast<uint16_t*>(base)[8 * k + row] = m.format == Format::f16 ? to_f16(w) : to_bf16(w);
+  }
+}
+
+static void pack(const PackArgs& a) {
+  auto pack_row = is_quantized(a.target.format) ? pack_quantized_row : pack_float_row;
+  for (int64_t b = a.block_begin; b < a.block_end; ++b)
+    for (int row = 0; row < kRows; ++row) pack_row(a, b, row, source_row(a, b * kRows + row));
+}
+
+static void unpack_group(const Group& group, Format format, int64_t row, int64_t count, float* y) {
+  const float scale = from_f16(reinterpret_cast<const uint16_t*>(group.scales)[row]);
+  for (int64_t i = 0; i < count; ++i) {
+    if (format == Format::int8) {
+      y[i] = float(int8_t(group.quants[i / 2 * 16 + row * 2 + i % 2])) * scale;
+    } else {
+      const uint8_t both = group.quants[i % 16 / 4 * 32 + row * 4 + i % 4];
+      y[i] = float(16 * (i < 16 ? both & 15 : both >> 4) - group.zeros[row]) * (scale * 0.0625f);
     }
   }
 }
 
 static void unpack_row(const Matrix& m, int64_t index, float* y) {
-  const uint8_t* block = m.block(index / kRows);
-  const int row = int(index % kRows);
-  const uint16_t* half = reinterpret_cast<const uint16_t*>(block);
-  for (int64_t k = 0; k < m.cols; ++k) {
-    int64_t g = k / kGroup, i = k % kGroup;
-    const uint8_t* quants = block + m.quants_offset();
-    switch (m.format) {
-      case Format::f32: y[k] = reinterpret_cast<const float*>(block)[8 * k + row]; break;
-      case Format::bf16: y[k] = from_bf16(half[8 * k + row]); break;
-      case Format::f16: y[k] = from_f16(half[8 * k + row]); break;
-      case Format::int8:
-        y[k] = float(int8_t(quants[g * 256 + i / 2 * 16 + row * 2 + i % 2])) * from_f16(half[8 * g + row]);
-        break;
-      case Format::int4: {
-        uint8_t both = quants[g * 128 + i % 16 / 4 * 32 + row * 4 + i % 4];
-        int value = 16 * (i < 16 ? both & 15 : both >> 4) - block[m.zeros_offset() + 8 * g + row];
-        y[k] = float(value) * (from_f16(half[8 * g + row]) * 0.0625f);
-        break;
-      }
-    }
+  const int64_t block = index / kRows, row = index % kRows;
+  if (is_quantized(m.format)) {
+    for (int64_t g = 0; g < m.groups(); ++g)
+      unpack_group(m.group(block, g), m.format, row, std::min<int64_t>(kGroup, m.cols - g * kGroup), y + g * kGroup);
+    return;
   }
+  for (int64_t k = 0; k < m.cols; ++k) y[k] = source_value(m.block(block), m.format, 8 * k + row);
 }

@@ -47,7 +47,7 @@ static inline int f8_mask_ge(F8 a, F8 b) {
 }
 
 static inline I8 i8_zero() { return _mm256_setzero_si256(); }
-static inline I8 i8_load(const void* p) { return _mm256_load_si256(static_cast<const I8*>(p)); }
+static inline I8 i8_load(const void* p) { return _mm256_loadu_si256(static_cast<const I8*>(p)); }
 static inline I8 i8_set1(int32_t x) { return _mm256_set1_epi32(x); }
 static inline I8 i8_broadcast4(const void* p) {
   int32_t x;
@@ -80,18 +80,22 @@ static inline void i8_dot_s16(I8& acc, I8 w, I8 x) {
   __asm__ volatile("vpaddd %1, %0, %0" : "+x"(acc) : "x"(products));
 #endif
 }
-// The 32 products of each lane: w[j] holds unsigned nibbles, x 32 signed bytes. The eight partial
-// sums of a lane's pairs stay below 8 * 2 * 15 * 127 = 30480 and so within 16 bits.
-static inline I8 i8_dot_u4(const I8 (&w)[8], const int8_t* x) {
+// acc += the four products of each lane: unsigned nibbles times signed bytes. Without VNNI two 16-bit sums of
+// pairs are kept in a lane; after eight calls they are below 8 * 2 * 15 * 127 = 30480 and so still exact.
+static inline void i8_dot_u4(I8& acc, I8 w, I8 x) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  I8 sum = i8_zero();
-  for (int j = 0; j < 8; ++j) sum = _mm256_dpbusd_epi32(sum, w[j], i8_broadcast4(x + 4 * j));
-  return sum;
+  acc = _mm256_dpbusd_epi32(acc, w, x);
 #else
-  I8 sum = _mm256_maddubs_epi16(w[0], i8_broadcast4(x));
-  for (int j = 1; j < 8; ++j)
-    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[j], i8_broadcast4(x + 4 * j)));
-  return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+  const I8 products = _mm256_maddubs_epi16(w, x);
+  __asm__ volatile("vpaddw %1, %0, %0" : "+x"(acc) : "x"(products));
+#endif
+}
+// What i8_dot_u4 added up, as one number for each lane.
+static inline I8 i8_sum_u4(I8 acc) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return acc;
+#else
+  return _mm256_madd_epi16(acc, _mm256_set1_epi16(1));
 #endif
 }
 // 32 floats times `inverse`, rounded to nearest even.

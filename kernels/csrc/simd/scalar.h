@@ -74,12 +74,10 @@ static inline int32_t signed_half(int32_t lane, int k) { return int16_t(uint32_t
 static inline void i8_dot_s16(I8& acc, I8 w, I8 x) {
   LANES for (int k = 0; k < 2; ++k) acc.a[i] += signed_half(w.a[i], k) * signed_half(x.a[i], k);
 }
-static inline I8 i8_dot_u4(const I8 (&w)[8], const int8_t* x) {
-  I8 sum = i8_zero();
-  for (int j = 0; j < 8; ++j)
-    LANES for (int k = 0; k < 4; ++k) sum.a[i] += signed_byte(w[j].a[i], k) * x[4 * j + k];
-  return sum;
+static inline void i8_dot_u4(I8& acc, I8 w, I8 x) {
+  LANES for (int k = 0; k < 4; ++k) acc.a[i] += signed_byte(w.a[i], k) * signed_byte(x.a[i], k);
 }
+static inline I8 i8_sum_u4(I8 acc) { return acc; }
 static inline void quantize32_s16(const float* x, float inverse, int16_t* q) {
   for (int i = 0; i < 32; ++i) q[i] = int16_t(std::nearbyintf(x[i] * inverse));
 }
