@@ -109,9 +109,16 @@ static void attend_to(const AttendArgs& a) {
   for (int64_t i = 0; i < a.count; ++i) states[i] = {-INFINITY, 0.0f};
   for (int64_t i = 0; i < a.count * a.dim; ++i) a.out[i] = 0.0f;
   int64_t first = 0;
-  for (int64_t start = 0, block = 0; start < a.limits[a.count - 1]; start += kSlots, ++block) {
-    const int64_t at = (a.blocks[block] * a.num_heads + a.head) * bytes;
-    const void *k = static_cast<const uint8_t*>(a.k) + at, *v = static_cast<const uint8_t*>(a.v) + at;
+  const int64_t limit = a.limits[a.count - 1];
+  auto tile = [&](const void* cache, int64_t block) {
+    return static_cast<const uint8_t*>(cache) + (a.blocks[block] * a.num_heads + a.head) * bytes;
+  };
+  for (int64_t start = 0, block = 0; start < limit; start += kSlots, ++block) {
+    const uint8_t *k = tile(a.k, block), *v = tile(a.v, block);
+    if (start + kSlots < limit) {  // blocks lie apart: no processor guesses where the next one is
+      prefetch(tile(a.k, block + 1), bytes);
+      prefetch(tile(a.v, block + 1), bytes);
+    }
     while (a.limits[first] <= start) ++first;  // queries that have seen all of theirs
     if (a.count - first <= 4) block_step<F>(a, first, start, k, v, states);
     else block_step<Format::f32>(a, first, start, widen<F>(k, size, k_room), widen<F>(v, size, v_room), states);
