@@ -46,7 +46,7 @@ def run(
 
     def record(plan: object) -> object:
         logits, batch = compute(plan)
-        recorded.append((batch.sampling_rows, logits.clone()))
+        recorded.append(([s.row for s in batch.selections], logits.clone()))
         return logits, batch
 
     runner.compute_logits = record

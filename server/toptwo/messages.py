@@ -19,7 +19,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class SamplingParams(msgspec.Struct, frozen=True):
     """How the next token of one request is chosen.
 
-    The order of application is: penalties, temperature, top_k, top_p, min_p, draw.
+    The order of application is: logit_bias and min_tokens, penalties, grammar, temperature, top_k, top_p,
+    min_p, draw.
 
     temperature: 0 is greedy; otherwise logits are divided by it.
     top_k: keep the k most likely tokens; 0 keeps all.
@@ -29,6 +30,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
         tokens that were already *generated* (OpenAI's semantics; the prompt does not count).
     repetition_penalty: CTRL's divisive penalty (arXiv 1909.05858) on tokens of prompt and output; 1 is off.
     seed: draws use the counter-based stream (seed, position), so they depend on nothing else.
+    logit_bias: added to the logits of these token ids.
+    min_tokens: tokens that end the sequence cannot be chosen before so many were generated.
     """
 
     seed: int
@@ -39,6 +42,40 @@ class SamplingParams(msgspec.Struct, frozen=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What the output must match: a serialised llguidance grammar that was checked before it is sent.
+
+    end_token_ids: tokens that end an output which matches.
+    """
+
+    source: str
+    end_token_ids: list[int]
+
+
+class LogprobsWanted(msgspec.Struct, frozen=True):
+    """How many of the likeliest tokens are reported at each position, beside the one that is there.
+
+    output, prompt: of generated tokens, and of the prompt's from the second on; None for no report.
+    """
+
+    output: int | None = None
+    prompt: int | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of the model's own probabilities at one position: before bias, penalties,
+    grammar and temperature.
+
+    logprob: of the token that is there. top_ids, top_logprobs: the likeliest tokens, best first.
+    """
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
 
 
 # --- Waist 1: API process -> engine process -------------------------------------------------------
@@ -50,6 +87,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
     max_tokens: most tokens to generate; prompt and output together must fit in max_model_len.
     stop_token_ids: tokens that end the sequence with finish_reason "stop" (eos and its like).
     cache_scope: prefix-cache blocks are shared only between requests of the same scope.
+    grammar: what the generated text must match; tokens that break it are never chosen.
     """
 
     request_id: str
@@ -58,6 +96,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
     max_tokens: int
     stop_token_ids: list[int] = []
     cache_scope: str = ""
+    grammar: Grammar | None = None
+    logprobs: LogprobsWanted = LogprobsWanted()
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
@@ -82,6 +122,8 @@ class TokenEvent(msgspec.Struct, frozen=True):
     token_ids: newly generated ids, the stop token included; may be empty in a terminal event.
     num_cached_tokens: prompt tokens whose KV came from the prefix cache.
     error: a sentence for the client, only with finish_reason "error".
+    logprobs: one per token id, if they were asked for.
+    prompt_logprobs: in the first event with tokens, one per prompt token from the second on, likewise.
     """
 
     request_id: str
@@ -89,6 +131,8 @@ class TokenEvent(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class TokenEvents(msgspec.Struct, frozen=True, tag="tokens"):
@@ -98,7 +142,10 @@ class TokenEvents(msgspec.Struct, frozen=True, tag="tokens"):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
-    """What the engine resolved its `auto` settings to. Sizes in bytes."""
+    """What the engine resolved its `auto` settings to. Sizes in bytes.
+
+    weights_id: changes when any number of the packed weights does.
+    """
 
     architecture: str
     device: str
@@ -118,6 +165,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     weight_bytes: int
     kv_cache_bytes: int
     load_seconds: float
+    weights_id: str = ""
 
 
 EngineMessage = TokenEvents | EngineInfo
@@ -132,6 +180,7 @@ class NewSequence(msgspec.Struct, frozen=True):
     token_ids: all tokens known so far (prompt, and what was generated before a preemption).
     num_prompt_tokens: how many of them the caller wrote; penalties count the rest.
     block_ids: KV blocks already filled by the prefix cache.
+    stop_token_ids, grammar, logprobs: as in GenerateRequest.
     """
 
     slot: int
@@ -139,6 +188,9 @@ class NewSequence(msgspec.Struct, frozen=True):
     num_prompt_tokens: int
     sampling: SamplingParams
     block_ids: list[int]
+    stop_token_ids: list[int] = []
+    grammar: Grammar | None = None
+    logprobs: LogprobsWanted = LogprobsWanted()
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -146,6 +198,7 @@ class Row(msgspec.Struct, frozen=True):
 
     new_block_ids: KV blocks appended to the slot's block table before the step.
     sample: whether a next token is drawn after the row's last position.
+    score: whether the prompt's tokens behind each of the row's positions are to be judged.
     """
 
     slot: int
@@ -153,6 +206,7 @@ class Row(msgspec.Struct, frozen=True):
     num_tokens: int
     new_block_ids: list[int]
     sample: bool
+    score: bool = False
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -166,7 +220,13 @@ class StepPlan(msgspec.Struct, frozen=True):
 
 class StepResult(msgspec.Struct, frozen=True):
     """Sampled token ids, one per row of the plan; -1 where the row did not sample, or could not,
-    because its logits are not numbers."""
+    because its logits are not numbers or its grammar allows no token.
+
+    logprobs: by row index, of the sampled token, where the sequence wants them.
+    scores: by row index, of the prompt tokens start + 1 ... of a row that scores.
+    """
 
     step: int
     token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = {}
+    scores: dict[int, list[TokenLogprobs]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from toptwo.engine.blocks import hash_block, root_hash
-from toptwo.messages import FinishReason, GenerateRequest
+from toptwo.messages import FinishReason, GenerateRequest, TokenLogprobs
 
 
 @dataclass(eq=False)
@@ -16,6 +16,7 @@ class Sequence:
     num_computed: tokens whose KV is in `block_ids`; the rest is what is left to run.
     num_cached: prompt tokens that the prefix cache gave at the first admission; None before it.
     slot: the runtime's slot, only while running.
+    scores: what is known of the prompt's tokens from the second on, until it is sent.
     """
 
     request: GenerateRequest
@@ -24,6 +25,7 @@ class Sequence:
     num_cached: int | None = None
     block_ids: list[int] = field(default_factory=list)
     slot: int | None = None
+    scores: list[TokenLogprobs] = field(default_factory=list)
     _hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:

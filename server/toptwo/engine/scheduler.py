@@ -14,7 +14,15 @@ from dataclasses import dataclass
 
 from toptwo.engine.blocks import BlockPool
 from toptwo.engine.request import Sequence
-from toptwo.messages import GenerateRequest, NewSequence, Row, StepPlan, StepResult, TokenEvent
+from toptwo.messages import (
+    GenerateRequest,
+    NewSequence,
+    Row,
+    StepPlan,
+    StepResult,
+    TokenEvent,
+    TokenLogprobs,
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ class Scheduler:
         if result.step != self._step:
             raise ValueError(f"the result of step {result.step} came for step {self._step}")
         events = []
-        for (sequence, row), token in zip(self._planned, result.token_ids, strict=True):
+        for index, ((sequence, row), token) in enumerate(zip(self._planned, result.token_ids, strict=True)):
             if self._sequences.get(sequence.request.request_id) is not sequence:
                 continue  # aborted while the step ran
             if row.sample and token < 0:
@@ -105,9 +113,12 @@ class Scheduler:
                 continue
             sequence.num_computed += row.num_tokens
             self._register_blocks(sequence, row)
+            # A preempted prompt is scored anew: what is known already is skipped.
+            sequence.scores += result.scores.get(index, [])[max(0, len(sequence.scores) - row.start) :]
             if row.sample:
                 sequence.token_ids.append(token)
-                events.append(self._conclude(sequence, token))
+                logprobs = [result.logprobs[index]] if index in result.logprobs else []
+                events.append(self._conclude(sequence, token, logprobs))
         self._planned = []
         return events
 
@@ -118,6 +129,8 @@ class Scheduler:
             return "the prompt has no tokens"
         if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self.limits.vocab_size:
             return f"the prompt has a token outside the model's vocabulary of {self.limits.vocab_size}"
+        if any(not 0 <= token < self.limits.vocab_size for token in request.sampling.logit_bias):
+            return f"logit_bias has a token outside the model's vocabulary of {self.limits.vocab_size}"
         if request.max_tokens < 1:
             return "max_tokens must be at least 1"
         if len(request.prompt_ids) + request.max_tokens > self.limits.max_model_len:
@@ -162,7 +175,7 @@ class Scheduler:
         return admitted
 
     def _find_cached(self, sequence: Sequence) -> list[int]:
-        if not self.limits.prefix_caching:
+        if not self.limits.prefix_caching or sequence.request.logprobs.prompt is not None:
             return []
         # The last token is always computed: its logits are what the next token is drawn from.
         count = (sequence.num_tokens - 1) // self.blocks.block_size
@@ -182,6 +195,9 @@ class Scheduler:
             num_prompt_tokens=sequence.num_prompt_tokens,
             sampling=sequence.request.sampling,
             block_ids=cached,
+            stop_token_ids=sequence.request.stop_token_ids,
+            grammar=sequence.request.grammar,
+            logprobs=sequence.request.logprobs,
         )
 
     def _extend(self, sequence: Sequence, count: int) -> list[int]:
@@ -192,7 +208,9 @@ class Scheduler:
     def _plan_row(self, sequence: Sequence, count: int, new_blocks: list[int]) -> None:
         assert sequence.slot is not None  # noqa: S101  (running sequences have a slot)
         sample = count == sequence.num_left
-        row = Row(sequence.slot, sequence.num_computed, count, new_blocks, sample)
+        in_prompt = sequence.num_computed < sequence.num_prompt_tokens
+        score = in_prompt and sequence.request.logprobs.prompt is not None
+        row = Row(sequence.slot, sequence.num_computed, count, new_blocks, sample, score)
         self._planned.append((sequence, row))
 
     def _register_blocks(self, sequence: Sequence, row: Row) -> None:
@@ -205,11 +223,18 @@ class Scheduler:
         for index in filled:
             self.blocks.register(sequence.block_ids[index], hashes[index])
 
-    def _conclude(self, sequence: Sequence, token: int) -> TokenEvent:
+    def _conclude(self, sequence: Sequence, token: int, logprobs: list[TokenLogprobs]) -> TokenEvent:
         reason = sequence.finish_reason()
         if reason:
             self._remove(sequence)
-        return TokenEvent(sequence.request.request_id, [token], reason, sequence.num_cached or 0)
+        return TokenEvent(
+            sequence.request.request_id,
+            [token],
+            reason,
+            sequence.num_cached or 0,
+            logprobs=logprobs,
+            prompt_logprobs=sequence.scores if sequence.num_generated == 1 else [],
+        )
 
     def _fail(self, sequence: Sequence, error: str) -> TokenEvent:
         self._remove(sequence)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from toptwo.messages import NewSequence, Row, SamplingParams, StepPlan
+from toptwo.messages import LogprobsWanted, NewSequence, Row, SamplingParams, StepPlan
 from toptwo_kernels.ops import StepBatch
 
 
@@ -25,6 +25,8 @@ class SlotTable:
         self.num_blocks = [0] * num_slots
         self.num_prompt_tokens = [0] * num_slots
         self.sampling: list[SamplingParams] = [SamplingParams(seed=0)] * num_slots
+        self.stop_token_ids: list[list[int]] = [[]] * num_slots
+        self.logprobs: list[LogprobsWanted] = [LogprobsWanted()] * num_slots
 
     def admit(self, new: NewSequence) -> None:
         """Fill a slot; whatever it held before is gone."""
@@ -33,6 +35,8 @@ class SlotTable:
         self.append_blocks(new.slot, new.block_ids)
         self.num_prompt_tokens[new.slot] = new.num_prompt_tokens
         self.sampling[new.slot] = new.sampling
+        self.stop_token_ids[new.slot] = new.stop_token_ids
+        self.logprobs[new.slot] = new.logprobs
 
     def append_blocks(self, slot: int, block_ids: list[int]) -> None:
         count = self.num_blocks[slot]
@@ -41,11 +45,26 @@ class SlotTable:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Where the logits of a row are: `count` of the selected tokens from `first` on, the row's last ones."""
+
+    index: int  # of the row in the plan
+    row: Row
+    first: int
+    count: int
+
+    @property
+    def last(self) -> int:
+        """The selected token behind which a row that samples draws."""
+        return self.first + self.count - 1
+
+
+@dataclass(frozen=True)
 class Batch:
-    """One step's inputs, and the rows that draw a token, in the order of the selected tokens."""
+    """One step's inputs, and the rows whose logits are wanted, in the order of the selected tokens."""
 
     tokens: StepBatch
-    sampling_rows: list[Row]
+    selections: list[Selection]
 
 
 def build_batch(plan: StepPlan, table: SlotTable) -> Batch:
@@ -65,7 +84,9 @@ def build_batch(plan: StepPlan, table: SlotTable) -> Batch:
 
     context_lens = starts + lengths
     widest = -(-int(context_lens.max()) // table.block_size)
-    sampling = [index for index, row in enumerate(plan.rows) if row.sample]
+    selections = _select(plan.rows)
+    # The last `count` tokens of each selected row.
+    selected = [np.arange(query_starts[s.index + 1] - s.count, query_starts[s.index + 1]) for s in selections]
     tokens = StepBatch(
         ids_T=torch.from_numpy(table.tokens[slot_of_token, positions]),
         positions_T=torch.from_numpy(positions),
@@ -74,6 +95,17 @@ def build_batch(plan: StepPlan, table: SlotTable) -> Batch:
         context_lens_R=torch.from_numpy(context_lens),
         block_tables_RB=torch.from_numpy(table.blocks[slot_of_row, :widest]),
         block_size=table.block_size,
-        selected_S=torch.from_numpy(query_starts[1:][sampling] - 1),
+        selected_S=torch.from_numpy(np.concatenate(selected) if selected else np.zeros(0, np.int64)),
     )
-    return Batch(tokens, [plan.rows[index] for index in sampling])
+    return Batch(tokens, selections)
+
+
+def _select(rows: list[Row]) -> list[Selection]:
+    """A row that scores shows the logits of all its tokens, one that only samples those of its last."""
+    selections, first = [], 0
+    for index, row in enumerate(rows):
+        if row.sample or row.score:
+            count = row.num_tokens if row.score else 1
+            selections.append(Selection(index, row, first, count))
+            first += count
+    return selections

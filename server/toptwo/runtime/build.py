@@ -14,6 +14,7 @@ from toptwo.messages import EngineInfo
 from toptwo.models.checkpoint import CausalLM
 from toptwo.models.registry import read_config
 from toptwo.runtime.batch import SlotTable
+from toptwo.runtime.constraints import GrammarStates
 from toptwo.runtime.device import resolve
 from toptwo.runtime.graphs import Step, prepare_step
 from toptwo.runtime.kv_cache import allocate_kv_cache
@@ -51,7 +52,7 @@ def build_runtime(
     ops = load_backend(config.backend, config.num_threads, pinned=own_process)
     ignored = architecture.ignored_tensors(model_config)
     source = WeightSource(directory, specs, ignored, settings.cache_dir)
-    weights = prepare_weights(source, config, ops, on_progress)
+    weights, weights_id = prepare_weights(source, config, ops, on_progress)
     model = architecture.build(model_config, weights, config.max_model_len, ops)
     kv_cache = allocate_kv_cache(model_config, config.num_blocks, config.kv_dtype, ops)
     with torch.inference_mode():
@@ -76,5 +77,7 @@ def build_runtime(
         weight_bytes=config.weight_bytes,
         kv_cache_bytes=config.kv_cache_bytes,
         load_seconds=time.monotonic() - started,
+        weights_id=weights_id,
     )
-    return Runtime(Runner(step, table, ops), model, step, info)
+    grammars = GrammarStates(directory, model_config.vocab_size)
+    return Runtime(Runner(step, table, ops, grammars), model, step, info)

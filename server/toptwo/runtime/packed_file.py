@@ -55,10 +55,11 @@ class Table(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """What a file holds, as views of the mapped file."""
+    """What a file holds, as views of the mapped file, and the checksum of each weight's bytes."""
 
     matrices: Mapping[str, Matrix]
     vectors: Mapping[str, Tensor]
+    checksums: Mapping[str, int]
 
 
 class PackedWriter:
@@ -185,4 +186,4 @@ def _read_weights(content: Tensor, table: Table) -> PackedWeights:
         else:
             shape = entry.num_matrices, entry.rows, entry.cols, entry.paired
             matrices[entry.name] = Matrix(data, entry.format, *shape)
-    return PackedWeights(matrices, vectors)
+    return PackedWeights(matrices, vectors, {entry.name: entry.checksum for entry in table.entries})

@@ -9,42 +9,74 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toptwo.messages import StepPlan, StepResult
-from toptwo.runtime.batch import Batch, SlotTable, build_batch
+from toptwo.messages import Row, StepPlan, StepResult, TokenLogprobs
+from toptwo.runtime.batch import Batch, Selection, SlotTable, build_batch
+from toptwo.runtime.constraints import GrammarStates
 from toptwo.runtime.graphs import Step
+from toptwo.runtime.logprobs import describe
 from toptwo.runtime.sampler import sample_rows
 from toptwo_kernels.ops import Ops
+
+_POSITIONS_AT_ONCE = 32  # scored together: each is a row as long as the vocabulary
 
 
 class Runner:
     """The step of one model, and the slots of its running sequences."""
 
-    def __init__(self, step: Step, table: SlotTable, ops: Ops) -> None:
+    def __init__(self, step: Step, table: SlotTable, ops: Ops, grammars: GrammarStates) -> None:
         self._step = step
         self._table = table
         self._ops = ops
+        self._grammars = grammars
 
+    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the plan's rows, store their KV, draw the next tokens."""
-        logits_RV, batch = self.compute_logits(plan)
-        drawn = iter(self._sample(logits_RV, batch))
-        return StepResult(plan.step, [next(drawn) if row.sample else -1 for row in plan.rows])
+        logits_SV, batch = self.compute_logits(plan)
+        token_ids = [-1] * len(plan.rows)
+        logprobs: dict[int, TokenLogprobs] = {}
+        sampling = [s for s in batch.selections if s.row.sample]
+        if sampling:
+            logits_RV = (
+                logits_SV if len(sampling) == len(logits_SV) else logits_SV[[s.last for s in sampling]]
+            )
+            rows = [s.row for s in sampling]
+            tokens = sample_rows(logits_RV, rows, self._table, self._ops, self._grammars)
+            for at, (selection, token) in enumerate(zip(sampling, tokens, strict=True)):
+                token_ids[selection.index] = token
+                wanted = self._table.logprobs[selection.row.slot].output
+                if token >= 0 and wanted is not None:
+                    of_row = logits_RV[at : at + 1].log_softmax(-1)
+                    logprobs[selection.index] = describe(of_row, [token], wanted)[0]
+                if token >= 0:
+                    self._remember(selection.row, token)
+        scores = {s.index: self._score(logits_SV, s) for s in batch.selections if s.row.score}
+        return StepResult(plan.step, token_ids, logprobs, scores)
 
     @torch.inference_mode()
     def compute_logits(self, plan: StepPlan) -> tuple[Tensor, Batch]:
-        """Logits [R, V] of the rows that sample, valid until the next step, and the batch they came from."""
+        """Logits [S, V] of the selected tokens, valid until the next step, and the batch they came from."""
         for new in plan.admitted:
             self._table.admit(new)
+            self._grammars.admit(new)
         batch = build_batch(plan, self._table)
         return self._step(batch.tokens), batch
 
-    @torch.inference_mode()
-    def _sample(self, logits_RV: Tensor, batch: Batch) -> list[int]:
-        if not batch.sampling_rows:
-            return []
-        tokens = sample_rows(logits_RV, batch.sampling_rows, self._table, self._ops)
-        for row, token in zip(batch.sampling_rows, tokens, strict=True):
-            end = row.start + row.num_tokens
-            if token >= 0 and end < self._table.tokens.shape[1]:  # a full context takes no further token
-                self._table.tokens[row.slot, end] = token
-        return tokens
+    def _remember(self, row: Row, token: int) -> None:
+        end = row.start + row.num_tokens
+        if end < self._table.tokens.shape[1]:  # a full context takes no further token
+            self._table.tokens[row.slot, end] = token
+        self._grammars.advance(row.slot, token)
+
+    def _score(self, logits_SV: Tensor, selection: Selection) -> list[TokenLogprobs]:
+        """The prompt tokens behind each of the row's positions."""
+        row, slot = selection.row, selection.row.slot
+        end = min(row.start + row.num_tokens + 1, self._table.num_prompt_tokens[slot])
+        following = self._table.tokens[slot, row.start + 1 : end].tolist()
+        wanted = self._table.logprobs[slot].prompt or 0
+        scores: list[TokenLogprobs] = []
+        for first in range(0, len(following), _POSITIONS_AT_ONCE):
+            part = following[first : first + _POSITIONS_AT_ONCE]
+            at = selection.first + first
+            scores += describe(logits_SV[at : at + len(part)].log_softmax(-1), part, wanted)
+        return scores

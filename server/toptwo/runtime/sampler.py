@@ -12,13 +12,17 @@ from torch import Tensor
 
 from toptwo.messages import Row, SamplingParams
 from toptwo.runtime.batch import SlotTable
+from toptwo.runtime.constraints import GrammarStates
 from toptwo_kernels.ops import Ops, SamplingBatch
 
 
-def sample_rows(logits_RV: Tensor, rows: list[Row], table: SlotTable, ops: Ops) -> list[int]:
-    """The next token of every row, whose logits are given in the same order."""
+def sample_rows(
+    logits_RV: Tensor, rows: list[Row], table: SlotTable, ops: Ops, grammars: GrammarStates | None = None
+) -> list[int]:
+    """The next token of every row, whose logits are given in the same order; they are left as they are."""
     params = [table.sampling[row.slot] for row in rows]
     ends = [row.start + row.num_tokens for row in rows]
+    logits_RV = _restrict(logits_RV, rows, table, grammars)
     penalized = [index for index, p in enumerate(params) if _has_penalty(p)]
     uniforms = [
         draw_uniform(p.seed, end) if p.temperature > 0 else 0.0 for p, end in zip(params, ends, strict=True)
@@ -41,6 +45,28 @@ def draw_uniform(seed: int, position: int) -> float:
     """The uniform in [0, 1) for the token at `position`: Philox4x64-10 (Salmon et al., SC'11)."""
     generator = np.random.Philox(key=seed & (2**64 - 1), counter=position)
     return float(np.random.Generator(generator).random())
+
+
+def _restrict(logits_RV: Tensor, rows: list[Row], table: SlotTable, grammars: GrammarStates | None) -> Tensor:
+    """Logits with biases added, and with -inf for tokens that may not come yet or break a grammar."""
+    changed = logits_RV
+    for index, row in enumerate(rows):
+        params = table.sampling[row.slot]
+        num_generated = row.start + row.num_tokens - table.num_prompt_tokens[row.slot]
+        too_early = table.stop_token_ids[row.slot] if num_generated < params.min_tokens else []
+        has_grammar = grammars is not None and grammars.has(row.slot)
+        if not (params.logit_bias or too_early or has_grammar):
+            continue
+        if changed is logits_RV:
+            changed = logits_RV.float().clone()
+        logits_V = changed[index]
+        if params.logit_bias:
+            logits_V[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()))
+        if too_early:
+            logits_V[too_early] = -torch.inf
+        if grammars is not None and has_grammar:
+            logits_V[~grammars.allowed(row.slot)] = -torch.inf
+    return changed
 
 
 def _has_penalty(params: SamplingParams) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from toptwo.models.checkpoint import Weights, WeightSpec
@@ -15,6 +17,7 @@ from toptwo.runtime.device import RuntimeConfig
 from toptwo.runtime.formats import format_of
 from toptwo.runtime.loader import Checkpoint, load_weights
 from toptwo.runtime.packed_file import PackedWriter, read_packed
+from toptwo_kernels import cpu
 from toptwo_kernels.ops import Matrix, Ops
 
 Progress = Callable[[int, int], None]
@@ -30,24 +33,28 @@ class WeightSource:
     cache_dir: Path
 
 
-def prepare_weights(source: WeightSource, config: RuntimeConfig, ops: Ops, on_progress: Progress) -> Weights:
-    """Every weight of the model. on_progress is told how many of how many are ready.
+def prepare_weights(
+    source: WeightSource, config: RuntimeConfig, ops: Ops, on_progress: Progress
+) -> tuple[Weights, str]:
+    """Every weight of the model, and a name for their content. on_progress is told how many of how many
+    are ready.
 
     Raises StartupError for a checkpoint that is not what it should be.
     """
     with Checkpoint(source.directory) as checkpoint:
         if config.backend != "cpu" or config.quantization == "none":
-            return _pack(checkpoint, source, config, ops, on_progress)
+            weights = _pack(checkpoint, source, config, ops, on_progress)
+            return weights, _identify(_checksums(weights))
         fingerprint = _fingerprint(checkpoint, source.specs, config.quantization)
         path = _packed_path(source, config.quantization)
         packed = read_packed(path, fingerprint)
         if packed:
             on_progress(len(source.specs), len(source.specs))
-            return Weights(packed.matrices, packed.vectors)
+            return Weights(packed.matrices, packed.vectors), _identify(packed.checksums)
         with PackedWriter(path, fingerprint) as writer:
             weights = _pack(checkpoint, source, config, ops, on_progress, writer)
             writer.finish()
-        return weights
+        return weights, _identify(_checksums(weights))
 
 
 def _pack(
@@ -74,6 +81,23 @@ def _pack(
 
     load_weights(checkpoint, source.specs, source.ignored, keep)
     return Weights(matrices, vectors)
+
+
+def _identify(checksums: Mapping[str, int]) -> str:
+    """A name for the content of all weights, whichever file it came from."""
+    return hashlib.sha256(repr(sorted(checksums.items())).encode()).hexdigest()[:16]
+
+
+def _checksums(weights: Weights) -> dict[str, int]:
+    """Of every weight's bytes, as the backend holds them."""
+    tensors = {name: matrix.data for name, matrix in weights.matrices.items()} | dict(weights.vectors)
+    return {name: _checksum(tensor.contiguous()) for name, tensor in tensors.items()}
+
+
+def _checksum(tensor: Tensor) -> int:
+    if cpu.instruction_sets():
+        return cpu.checksum(tensor)
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def _packed_path(source: WeightSource, quantization: str) -> Path:
