@@ -13,7 +13,7 @@ from tiny import load_runner
 from toptwo.engine.blocks import BlockPool
 from toptwo.engine.request import Sequence
 from toptwo.engine.scheduler import Scheduler, SchedulerLimits
-from toptwo.messages import GenerateRequest, Row, SamplingParams
+from toptwo.messages import GenerateRequest, SamplingParams, TokenLogprobs
 
 MAX_LEN, VOCAB, SLOTS = 256, 320, 32
 
@@ -25,6 +25,9 @@ class Run:
     tokens: dict[str, list[int]] = field(default_factory=dict)
     logits: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     cached: dict[str, int] = field(default_factory=dict)
+    ends: dict[str, str] = field(default_factory=dict)
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     preempted: set[str] = field(default_factory=set)
     largest_batch: int = 0
 
@@ -41,12 +44,12 @@ def run(
     runner = load_runner(directory, max_model_len=MAX_LEN, num_blocks=num_blocks, **options)
     limits = SchedulerLimits(VOCAB, MAX_LEN, SLOTS, max_step_tokens, prefix_caching)
     scheduler = Scheduler(limits, BlockPool(num_blocks, 16))
-    recorded: list[tuple[list[Row], torch.Tensor]] = []
+    recorded: list[list[torch.Tensor]] = []
     compute = runner.compute_logits
 
     def record(plan: object) -> object:
         logits, batch = compute(plan)
-        recorded.append(([s.row for s in batch.selections], logits.clone()))
+        recorded.append([logits[s.last].clone() for s in batch.selections if s.row.sample])
         return logits, batch
 
     runner.compute_logits = record
@@ -65,10 +68,14 @@ def run(
         while plan := scheduler.plan():
             events = scheduler.apply(runner.execute(plan))
             result.largest_batch = max(result.largest_batch, len(events))
-            for event, logits in zip(events, recorded.pop()[1], strict=True):
+            for event, logits in zip(events, recorded.pop(), strict=True):
                 result.tokens.setdefault(event.request_id, []).extend(event.token_ids)
                 result.logits.setdefault(event.request_id, []).append(logits)
                 result.cached[event.request_id] = event.num_cached_tokens
+                result.logprobs.setdefault(event.request_id, []).extend(event.logprobs)
+                result.prompt_logprobs.setdefault(event.request_id, []).extend(event.prompt_logprobs)
+                if event.finish_reason:
+                    result.ends[event.request_id] = event.finish_reason
     return result
 
 
