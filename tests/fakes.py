@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from toptwo.messages import EngineInfo, GenerateRequest, TokenEvent
+from toptwo.messages import EngineInfo, GenerateRequest, TokenEvent, TokenLogprobs
+from toptwo.text.grammar import GrammarError
 from toptwo.text.model import ServedModel
 from toptwo.text.template import ChatTemplate
 from toptwo.text.tokenizer import Tokenizer
@@ -31,6 +32,14 @@ KEY = "test-key"
 def chat(**fields: object) -> dict[str, object]:
     """A valid chat completion request for `served_model()`, with the fields added."""
     return {"model": "org/tiny-moe", "messages": [{"role": "user", "content": "hello"}], **fields}
+
+
+def payloads(text: str) -> list[dict[str, object]]:
+    """The JSON of all events but the last, which must be [DONE]; comments are skipped."""
+    events = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    assert all(event.startswith("data: ") and "\n" not in event for event in events)
+    assert events[-1] == "data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
 
 
 def engine_info(*, max_model_len: int = 2048) -> EngineInfo:
@@ -84,9 +93,12 @@ class FakeEngine:
 
     requests: every request that was started. aborted: ids of those closed before their terminal event.
     num_open: generators running now. slow_close: seconds that closing takes.
+    script_of: chooses another script for a request, say by its id.
+    Where log-probabilities are asked for, that of token i is -i / 100, and the likeliest are 0, 1, 2, ...
     """
 
     script: Script = field(default_factory=Script)
+    script_of: Callable[[GenerateRequest], Script] | None = None
     info: EngineInfo | None = field(default_factory=engine_info)
     requests: list[GenerateRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -97,7 +109,7 @@ class FakeEngine:
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
-        script = self.script
+        script = self.script_of(request) if self.script_of else self.script
         self.requests.append(request)
         self.num_open += 1
         self.started.set()
@@ -114,7 +126,14 @@ class FakeEngine:
                 last = count + 1 == len(script.token_ids) and script.finish not in (None, "error")
                 finished = last
                 reason = script.finish if last else None
-                yield TokenEvent(request.request_id, [token_id], reason, script.num_cached_tokens)
+                yield TokenEvent(
+                    request.request_id,
+                    [token_id],
+                    reason,
+                    script.num_cached_tokens,
+                    logprobs=_judge([token_id], request.logprobs.output),
+                    prompt_logprobs=[] if count else _judge(request.prompt_ids[1:], request.logprobs.prompt),
+                )
             if script.raises is not None:
                 raise script.raises
             if script.hang_after is not None:
@@ -132,6 +151,27 @@ class FakeEngine:
                 await asyncio.sleep(self.slow_close)
             self.num_open -= 1
             self.closed.set()
+
+
+def _judge(token_ids: Sequence[int], num_top: int | None) -> list[TokenLogprobs]:
+    if num_top is None:
+        return []
+    top = list(range(num_top))
+    return [TokenLogprobs(-token / 100, top, [-i / 100 for i in top]) for token in token_ids]
+
+
+@dataclass
+class FakeGrammars:
+    """A grammar checker that refuses what is in `bad`, by a word in it, and keeps what it was shown."""
+
+    bad: tuple[str, ...] = ()
+    checked: list[str] = field(default_factory=list)
+
+    def check(self, grammar: str) -> None:
+        self.checked.append(grammar)
+        for word in self.bad:
+            if word in grammar:
+                raise GrammarError("it cannot be compiled")
 
 
 def byte_level_vocabulary() -> tokenizers.Tokenizer:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fakes import FakeEngine, served_model
+from fakes import FakeEngine, FakeGrammars, served_model
 from toptwo.api.health import Lifecycle
 from toptwo.api.security import KeyRing
 from toptwo.app import create_app
@@ -90,7 +90,7 @@ def test_the_volume_holds_cache_and_key() -> None:
 
 def test_the_health_check_asks_a_route_that_exists() -> None:
     path = re.search(r"(/health/\w+)", value("HEALTHCHECK"))
-    app = create_app(FakeEngine(), served_model(), KeyRing.from_keys([]), Lifecycle())
+    app = create_app(FakeEngine(), served_model(), FakeGrammars(), KeyRing.from_keys([]), Lifecycle())
     assert path is not None
     assert app.url_path_for("ready") == path[1]
     program = json.loads(value("HEALTHCHECK").split("CMD ", 1)[1])[2]

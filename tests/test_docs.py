@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from starlette.routing import Route
 
-from fakes import FakeEngine, served_model
+from fakes import FakeEngine, FakeGrammars, served_model
 from toptwo.api.health import Lifecycle
 from toptwo.api.security import KeyRing
 from toptwo.app import OPENAI_PREFIXES, create_app
@@ -37,7 +37,7 @@ def test_no_setting_is_invented() -> None:
 
 
 def test_every_route_is_listed() -> None:
-    app = create_app(FakeEngine(), served_model(), KeyRing.from_keys([]), Lifecycle())
+    app = create_app(FakeEngine(), served_model(), FakeGrammars(), KeyRing.from_keys([]), Lifecycle())
     paths = {route.path for route in routes_of(app) if isinstance(route, Route)}
     assert len(paths) > 4
     for path in paths:

@@ -12,16 +12,21 @@ from toptwo.api.handlers import RequestEnvelope, install_error_handlers
 from toptwo.api.health import Lifecycle, health_router
 from toptwo.api.openai import OpenAIEndpoints, openai_router
 from toptwo.api.security import Authenticator, KeyRing
+from toptwo.api.service import Service
 from toptwo.engine.client import Engine
+from toptwo.text.grammar import GrammarChecker
 from toptwo.text.model import ServedModel
 
 # Ready-made client configurations use any of these.
 OPENAI_PREFIXES = ("/v3/openai", "/openai/v1", "/v1")
 
 
-def create_app(engine: Engine, model: ServedModel, keys: KeyRing, lifecycle: Lifecycle) -> FastAPI:
+def create_app(
+    engine: Engine, model: ServedModel, grammars: GrammarChecker, keys: KeyRing, lifecycle: Lifecycle
+) -> FastAPI:
     """The application that serves `model` from `engine`.
 
+    grammars: checks schemas and grammars of requests; the caller closes it.
     keys: who may call; with an empty ring nobody may.
     lifecycle: its `draining` may be set at any time; then new requests get a 503.
     """
@@ -35,7 +40,7 @@ def create_app(engine: Engine, model: ServedModel, keys: KeyRing, lifecycle: Lif
         # A redirect would be an answer given before the key is looked at.
         redirect_slashes=False,
     )
-    endpoints = OpenAIEndpoints(engine, model, lifecycle)
+    endpoints = OpenAIEndpoints(Service(engine, model, grammars, lifecycle))
     for prefix in OPENAI_PREFIXES:
         app.include_router(openai_router(endpoints, authenticate), prefix=prefix)
     app.include_router(health_router(engine, lifecycle))

@@ -35,6 +35,7 @@ from toptwo.messages import EngineInfo
 from toptwo.settings import Settings, environment_without_settings, unknown_variables
 from toptwo.source import ModelSource, find_model
 from toptwo.telemetry.logs import configure_logging
+from toptwo.text.grammar import GrammarChecker
 from toptwo.text.model import load_served_model
 
 log = structlog.get_logger()
@@ -140,7 +141,10 @@ class _Site:
         arguments = [sys.executable, "-P", "-m", "toptwo.launch_engine"]  # -P: no modules from where we are
         command = EngineCommand(arguments, environment_without_settings(), self._configure_engine)
         supervisor = Supervisor(command, self.run_dir)
-        server = self._create_server(supervisor)
+        with contextlib.closing(GrammarChecker(self.source.directory / "tokenizer.json")) as grammars:
+            await self._serve(supervisor, self._create_server(supervisor, grammars))
+
+    async def _serve(self, supervisor: Supervisor, server: _Server) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._drain, server)
         engine = asyncio.create_task(supervisor.run(), name="engine")
@@ -175,10 +179,10 @@ class _Site:
                 await self.told_to_cut.wait()
         await supervisor.client.end_all("the server is shutting down")
 
-    def _create_server(self, supervisor: Supervisor) -> _Server:
+    def _create_server(self, supervisor: Supervisor, grammars: GrammarChecker) -> _Server:
         keys = [self.key.secret] if self.key else self.settings.api_key
         model = load_served_model(self.source.directory, self.source.name)
-        app = create_app(supervisor.client, model, KeyRing.from_keys(keys), self.lifecycle)
+        app = create_app(supervisor.client, model, grammars, KeyRing.from_keys(keys), self.lifecycle)
         return _Server(
             uvicorn.Config(
                 app,

@@ -9,7 +9,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from fakes import KEY, FakeEngine, Script, served_model
+from fakes import KEY, FakeEngine, FakeGrammars, Script, served_model
 from toptwo.api.health import Lifecycle
 from toptwo.api.security import KeyRing
 from toptwo.app import create_app
@@ -33,8 +33,13 @@ def lifecycle() -> Lifecycle:
 
 
 @pytest.fixture
-def app(engine: FakeEngine, model: ServedModel, lifecycle: Lifecycle) -> FastAPI:
-    return create_app(engine, model, KeyRing.from_keys([KEY]), lifecycle)
+def grammars() -> FakeGrammars:
+    return FakeGrammars()
+
+
+@pytest.fixture
+def app(engine: FakeEngine, model: ServedModel, grammars: FakeGrammars, lifecycle: Lifecycle) -> FastAPI:
+    return create_app(engine, model, grammars, KeyRing.from_keys([KEY]), lifecycle)
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ from openai.types import Model
 from openai.types.chat import ChatCompletion
 
 from fakes import FakeEngine, Script, chat, engine_info
-from toptwo.api.generation import GenerationJob, generate
+from toptwo.api.completion import collect
+from toptwo.api.generation import generate
+from toptwo.api.job import GenerationJob, OutputForm
 from toptwo.api.schemas import ChatCompletionRequest
 from toptwo.messages import GenerateRequest, SamplingParams
 from toptwo.text.model import ServedModel
@@ -139,8 +141,8 @@ async def test_an_ordinary_token_that_ends_the_answer_is_not_shown(
     ids = model.tokenizer.encode(["hello!"])
     engine.script = Script(token_ids=ids)
     request = GenerateRequest("r", [1], SamplingParams(0), max_tokens=9, stop_token_ids=ids[-1:])
-    deltas = [delta async for delta in generate(engine, model, GenerationJob(request))]
-    assert "".join(delta.text for delta in deltas) == "hello"
+    deltas = [delta async for delta in generate(engine, model, GenerationJob((request,), OutputForm()))]
+    assert collect(deltas, 1)[0].text == "hello"
 
 
 async def test_ignore_eos_leaves_the_engine_no_token_to_stop_at(

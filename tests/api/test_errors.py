@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from fakes import KEY, AsgiCall, FakeEngine, chat, served_model
+from fakes import KEY, AsgiCall, FakeEngine, FakeGrammars, chat, served_model
 from toptwo.api import body as body_module
 from toptwo.api.health import Lifecycle
 from toptwo.api.schemas import ChatCompletionRequest
@@ -59,6 +59,19 @@ def assert_envelope(answer: dict[str, object]) -> dict[str, str | None]:
     return error
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+DEEP: list[object] = []
+for _ in range(70):
+    DEEP = [DEEP]
+
+
+def json_schema(**fields: object) -> dict[str, object]:
+    return {"type": "json_schema", "json_schema": fields}
+
+
 CASES = [
     # body, param, code
     (without("model"), "model", "missing_required_parameter"),
@@ -73,10 +86,22 @@ CASES = [
     (message(role="user"), "messages[1].content", "missing_required_parameter"),
     (message(role="alien", content="x"), "messages[1].role", "invalid_value"),
     (message(role=5, content="x"), "messages[1].role", "invalid_type"),
-    (message(role="tool", content="x", tool_call_id="1"), "messages[1].role", "unsupported_parameter"),
+    (message(role="tool", content="x"), "messages[1].tool_call_id", "invalid_value"),
+    (message(role="user", content="x", tool_call_id="1"), "messages[1].tool_call_id", "invalid_value"),
+    (message(role="user", content="x", tool_calls=[CALL]), "messages[1].tool_calls", "invalid_value"),
     (message(role="function", content="x", name="f"), "messages[1].role", "unsupported_parameter"),
-    (message(role="assistant", content=None), "messages[1].content", "invalid_type"),
-    (message(role="assistant", tool_calls=[{}]), "messages[1].tool_calls", "unsupported_parameter"),
+    (message(role="assistant", content=None), "messages[1].content", "missing_required_parameter"),
+    (message(role="assistant", tool_calls=[]), "messages[1].content", "missing_required_parameter"),
+    (
+        message(role="assistant", tool_calls=[{}]),
+        "messages[1].tool_calls[0].id",
+        "missing_required_parameter",
+    ),
+    (
+        message(role="assistant", tool_calls=[{**CALL, "function": {"name": "f", "arguments": "{"}}]),
+        "messages[1].tool_calls[0].function.arguments",
+        "invalid_value",
+    ),
     (message(role="user", content="x", weight=1), "messages[1].weight", "unknown_parameter"),
     (message(role="user", content="x", name="a b"), "messages[1].name", "invalid_value"),
     (message(role="user", content=5), "messages[1].content", "invalid_type"),
@@ -117,7 +142,7 @@ CASES = [
     (chat(seed=2**63), "seed", "invalid_value"),
     (chat(seed=2**64), "seed", "invalid_type"),
     (chat(seed=True), "seed", "invalid_type"),
-    (chat(n=2), "n", "unsupported_parameter"),
+    (chat(n=65), "n", "invalid_value"),
     (chat(n=0), "n", "invalid_value"),
     (chat(n=2**31), "n", "invalid_value"),
     (chat(n=True), "n", "invalid_type"),
@@ -125,13 +150,53 @@ CASES = [
     (chat(stream_options={"include_usage": True}), "stream_options", "invalid_value"),
     (chat(stream=True, stream_options={"usage": True}), "stream_options.usage", "unknown_parameter"),
     (chat(stream=True, stream_options=[]), "stream_options", "invalid_type"),
-    (chat(tools=[{"type": "function"}]), "tools", "unsupported_parameter"),
-    (chat(tool_choice="required"), "tool_choice", "unsupported_parameter"),
+    (chat(tools=[{"type": "function"}]), "tools[0].function", "missing_required_parameter"),
+    (chat(tools=[{"type": "custom", "custom": {}}]), "tools[0].type", "unsupported_parameter"),
+    (chat(tools=[TOOL, TOOL]), "tools", "invalid_value"),
+    (
+        chat(tools=[{"type": "function", "function": {"name": "a b"}}]),
+        "tools[0].function.name",
+        "invalid_value",
+    ),
+    (chat(tools=[TOOL] * 129), "tools", "invalid_value"),
+    (chat(tool_choice="required"), "tool_choice", "invalid_value"),
+    (chat(tools=[TOOL], tool_choice="any"), "tool_choice", "invalid_value"),
+    (chat(tools=[TOOL], tool_choice={"type": "function"}), "tool_choice.function", "invalid_value"),
+    (chat(tools=[TOOL], tool_choice={"type": "custom"}), "tool_choice.type", "unsupported_parameter"),
+    (
+        chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}),
+        "tool_choice",
+        "invalid_value",
+    ),
+    (chat(tools=[TOOL], response_format={"type": "json_object"}), "response_format", "unsupported_parameter"),
     (chat(functions=[{}]), "functions", "unsupported_parameter"),
-    (chat(response_format={"type": "json_object"}), "response_format", "unsupported_parameter"),
-    (chat(logprobs=True), "logprobs", "unsupported_parameter"),
-    (chat(top_logprobs=3), "top_logprobs", "unsupported_parameter"),
-    (chat(logit_bias={"5": 1}), "logit_bias", "unsupported_parameter"),
+    (chat(response_format={"type": "xml"}), "response_format.type", "invalid_value"),
+    (chat(response_format={"type": "json_schema"}), "response_format.json_schema", "invalid_value"),
+    (
+        chat(response_format=json_schema(name="n", schema=5)),
+        "response_format.json_schema.schema",
+        "invalid_type",
+    ),
+    (
+        chat(response_format={"type": "json_object"}, guided_regex="a"),
+        "guided_regex",
+        "invalid_value",
+    ),
+    (chat(guided_regex="a", ignore_eos=True), "ignore_eos", "invalid_value"),
+    (chat(guided_regex=""), "guided_regex", "invalid_value"),
+    (chat(guided_grammar="x" * 70_000), "guided_grammar", "invalid_value"),
+    (chat(top_logprobs=3), "top_logprobs", "invalid_value"),
+    (chat(logprobs=True, top_logprobs=21), "top_logprobs", "invalid_value"),
+    (chat(logprobs=1), "logprobs", "invalid_type"),
+    (chat(logit_bias={"5": 101}), "logit_bias.5", "invalid_value"),
+    (chat(logit_bias={"five": 1}), "logit_bias.five", "invalid_value"),
+    (chat(logit_bias={"999999": 1}), "logit_bias", "invalid_value"),
+    (chat(logit_bias=[1]), "logit_bias", "invalid_type"),
+    (chat(min_tokens=-1), "min_tokens", "invalid_value"),
+    (chat(stop_token_ids=[-1]), "stop_token_ids[0]", "invalid_value"),
+    (chat(stop_token_ids=[1] * 129), "stop_token_ids", "invalid_value"),
+    (chat(enable_thinking="yes"), "enable_thinking", "invalid_type"),
+    (chat(metadata=DEEP), None, "invalid_value"),
     (chat(store=True), "store", "unsupported_parameter"),
     (chat(service_tier="flex"), "service_tier", "unsupported_parameter"),
     (chat(reasoning_effort="high"), "reasoning_effort", "unsupported_parameter"),
@@ -146,8 +211,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("body", "param", "code"), CASES, ids=[f"{c[1][:40]}-{c[2]}" for c in CASES])
-async def test_each_mistake_is_named(app: FastAPI, body: object, param: str, code: str) -> None:
+@pytest.mark.parametrize(("body", "param", "code"), CASES, ids=[f"{str(c[1])[:40]}-{c[2]}" for c in CASES])
+async def test_each_mistake_is_named(app: FastAPI, body: object, param: str | None, code: str) -> None:
     status, answer = await post(app, json.dumps(body).encode())
     error = assert_envelope(answer)
     assert (status, error["type"]) == (400, "invalid_request_error")
@@ -230,7 +295,9 @@ async def test_a_template_that_refuses(engine: FakeEngine) -> None:
     model = served_model()
     template = ChatTemplate("{{ raise_exception('Only one message, please.' + 'x' * 9999) }}", {})
     picky = type(model)(model.name, model.created, model.tokenizer, template)
-    status, answer = await post(create_app(engine, picky, KeyRing.from_keys([KEY]), Lifecycle()), VALID)
+    status, answer = await post(
+        create_app(engine, picky, FakeGrammars(), KeyRing.from_keys([KEY]), Lifecycle()), VALID
+    )
     error = assert_envelope(answer)
     assert (status, error["param"]) == (400, "messages")
     assert str(error["message"]).startswith("Only one message, please.")
@@ -320,7 +387,7 @@ bodies = st.fixed_dictionaries(
 @settings(max_examples=300, deadline=None)
 @given(bodies | odd_values)
 def test_no_body_makes_a_5xx(body: object) -> None:
-    app = create_app(FakeEngine(), served_model(), KeyRing.from_keys([KEY]), Lifecycle())
+    app = create_app(FakeEngine(), served_model(), FakeGrammars(), KeyRing.from_keys([KEY]), Lifecycle())
 
     async def ask() -> None:
         call = AsgiCall("POST", URL, BEARER, json.dumps(body).encode())
@@ -341,7 +408,7 @@ damaged = st.tuples(st.integers(0, len(VALID)), st.binary(max_size=8)).map(
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200) | damaged)
 def test_no_bytes_make_a_5xx(body: bytes) -> None:
-    app = create_app(FakeEngine(), served_model(), KeyRing.from_keys([KEY]), Lifecycle())
+    app = create_app(FakeEngine(), served_model(), FakeGrammars(), KeyRing.from_keys([KEY]), Lifecycle())
     call = AsgiCall("POST", URL, BEARER, body)
     asyncio.run(asyncio.wait_for(call.run(app), 20))
     assert call.status is not None

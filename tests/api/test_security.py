@@ -14,7 +14,7 @@ from fastapi.routing import iter_route_contexts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakes import KEY, AsgiCall, FakeEngine, chat, served_model
+from fakes import KEY, AsgiCall, FakeEngine, FakeGrammars, chat, served_model
 from toptwo.api import security
 from toptwo.api.health import Lifecycle
 from toptwo.api.security import KeyRing
@@ -153,7 +153,7 @@ async def test_the_official_client_explains_a_wrong_key(app: FastAPI) -> None:
 
 
 async def test_without_any_key_nobody_is_admitted() -> None:
-    app = create_app(FakeEngine(), served_model(), KeyRing.from_keys([]), Lifecycle())
+    app = create_app(FakeEngine(), served_model(), FakeGrammars(), KeyRing.from_keys([]), Lifecycle())
     for headers in ([], [("authorization", "Bearer ")], [("authorization", "Bearer None")]):
         call = AsgiCall("GET", "/v1/models", headers)
         await call.run(app)
@@ -161,7 +161,7 @@ async def test_without_any_key_nobody_is_admitted() -> None:
 
 
 async def test_each_key_has_its_own_cache_scope(engine: FakeEngine) -> None:
-    app = create_app(engine, served_model(), KeyRing.from_keys(["one", "two"]), Lifecycle())
+    app = create_app(engine, served_model(), FakeGrammars(), KeyRing.from_keys(["one", "two"]), Lifecycle())
     for key in ("one", "two", "one"):
         call = AsgiCall.post_json("/v1/chat/completions", chat(), [("authorization", f"Bearer {key}")])
         await call.run(app)

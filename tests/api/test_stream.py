@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 
-from fakes import KEY, AsgiCall, FakeEngine, Script, chat
+from fakes import KEY, AsgiCall, FakeEngine, Script, chat, payloads
 from toptwo.api import sse
 from toptwo.api.sse import EventStream
 from toptwo.errors import EngineDeadError
@@ -20,14 +20,6 @@ from toptwo.text.model import ServedModel
 
 URL = "/v1/chat/completions"
 BEARER = [("authorization", f"Bearer {KEY}")]
-
-
-def payloads(text: str) -> list[dict[str, object]]:
-    """The JSON of all events but the last, which must be [DONE]; comments are skipped."""
-    events = [block for block in text.split("\n\n") if block and not block.startswith(":")]
-    assert all(event.startswith("data: ") and "\n" not in event for event in events)
-    assert events[-1] == "data: [DONE]"
-    return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
 
 
 async def stream(http: httpx2.AsyncClient, **fields: object) -> list[dict[str, object]]:

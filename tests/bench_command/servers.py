@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import uvicorn
 
-from fakes import KEY, FakeEngine, Script, served_model
+from fakes import KEY, FakeEngine, FakeGrammars, Script, served_model
 from toptwo.api.health import Lifecycle
 from toptwo.api.security import KeyRing
 from toptwo.app import create_app
@@ -182,7 +182,7 @@ def our_server(host: Host) -> Iterator[Ours]:
     model = served_model()
     script = Script(token_ids=model.tokenizer.encode(["a" * NUM_TOKENS]), finish="length", pause=0.002)
     engine = FakeEngine(script)
-    app = create_app(engine, model, KeyRing.from_keys([KEY]), Lifecycle())
+    app = create_app(engine, model, FakeGrammars(), KeyRing.from_keys([KEY]), Lifecycle())
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     listener = socket.create_server(("127.0.0.1", 0))
     ended = asyncio.run_coroutine_threadsafe(server.serve([listener]), host.loop)

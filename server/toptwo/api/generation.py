@@ -1,249 +1,214 @@
-"""One chat completion from a checked request to pieces of text: the only path, streamed or not.
+"""One job from the engine's tokens to the pieces of an answer: the only path, streamed or not.
 
-Knows the model's words, the engine's events and stop strings; must not know HTTP or how an answer is
-written. Whoever closes or cancels `generate` aborts the request in the engine.
+Knows the model's words, the engine's events, stop strings and parsers; must not know HTTP or how an
+answer is written. Whoever closes or cancels `generate` aborts its requests in the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import anyio
 import structlog
 
-from toptwo.api.schemas import ChatCompletionRequest
+from toptwo.api.events import EventFeed, engine_failed
+from toptwo.api.job import GenerationJob, OutputForm
+from toptwo.api.token_text import TokenReport, report_tokens
 from toptwo.engine.client import Engine
-from toptwo.errors import ApiError, EngineDeadError
-from toptwo.messages import GenerateRequest, SamplingParams, TokenEvent
+from toptwo.errors import ApiError
+from toptwo.messages import GenerateRequest, TokenEvent
 from toptwo.text.detokenizer import Detokenizer
 from toptwo.text.model import ServedModel
+from toptwo.text.parsers import OutputParser, Piece, ToolCallStart, make_parser
 from toptwo.text.stops import StopMatcher
-from toptwo.text.template import Message
 
 log = structlog.get_logger()
 
-RETRY_AFTER_SECONDS = 5  # about what an engine needs to be restarted
-_CLOSE_SECONDS = 5.0
+FinishReason = Literal["stop", "length", "tool_calls"]
+_CLOSE_SECONDS = 6.0
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one completion; the token that ended it is counted."""
+    """Token counts of one answer; the token that ended it is counted.
+
+    reasoning_tokens: those of `completion_tokens` that were thoughts; None for models without.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Delta:
-    """The next piece of an answer. The last one, and no other, has finish_reason and usage."""
+    """The next pieces of one choice. Its last one, and no other, has a finish_reason and the counts.
 
-    text: str
-    finish_reason: Literal["stop", "length"] | None = None
+    reports: on the tokens that came, where log-probabilities were asked for.
+    prompt_reports: on the prompt's tokens from the second on, in the choice's first delta.
+    """
+
+    index: int
+    pieces: tuple[Piece, ...] = ()
+    reports: tuple[TokenReport, ...] = ()
+    prompt_reports: tuple[TokenReport, ...] = ()
+    finish_reason: FinishReason | None = None
     usage: Usage | None = None
 
 
-@dataclass(frozen=True)
-class GenerationJob:
-    """What one answer needs: the engine's request, and the stop strings it does not know."""
-
-    request: GenerateRequest
-    stops: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class JobTicket:
-    """Whose job it is: a request id unique in the engine, and the scope of its cached prompts."""
-
-    request_id: str
-    cache_scope: str
-
-
-async def prepare(
-    chat: ChatCompletionRequest,
-    model: ServedModel,
-    ticket: JobTicket,
-    *,
-    max_model_len: int,
-    limiter: anyio.CapacityLimiter,
-) -> GenerationJob:
-    """Render and tokenise the messages, in a thread, and fit the job into the context.
-
-    Raises ApiError (400) when the template refuses the messages or they do not fit.
-    """
-    prompt_ids = await anyio.to_thread.run_sync(
-        model.encode_chat, _messages(chat), limiter=limiter, abandon_on_cancel=True
-    )
-    request = GenerateRequest(
-        request_id=ticket.request_id,
-        prompt_ids=prompt_ids,
-        sampling=_sampling(chat),
-        max_tokens=_fit(len(prompt_ids), chat.most_tokens, max_model_len),
-        stop_token_ids=[] if chat.ignore_eos else list(model.stop_token_ids),
-        cache_scope=ticket.cache_scope,
-    )
-    return GenerationJob(request, chat.stops)
-
-
 async def generate(engine: Engine, model: ServedModel, job: GenerationJob) -> AsyncGenerator[Delta, None]:
-    """The answer in pieces; tokens that are waiting together come as one piece.
+    """The answer in pieces, all choices mixed; tokens that are waiting together come as one delta.
 
     Raises ApiError: 503 when no engine is ready, 500 when it fails.
     """
-    detokenizer, stops = Detokenizer(model.tokenizer), StopMatcher(job.stops)
-    stop_token_ids = frozenset(job.request.stop_token_ids)
-    num_tokens = num_cached = 0
-    feed = _EventFeed(engine, job.request)
+    if len(job.requests) == 1:
+        async with aclosing(_choice(engine, model, job, 0)) as deltas:
+            async for delta in deltas:
+                yield delta
+        return
+    async with aclosing(_choices(engine, model, job)) as deltas:
+        async for delta in deltas:
+            yield delta
+
+
+def add_up(usages: list[Usage]) -> Usage:
+    """The counts of an answer of several choices: the prompt was computed once."""
+    thoughts = [u.reasoning_tokens for u in usages if u.reasoning_tokens is not None]
+    return Usage(
+        usages[0].prompt_tokens,
+        sum(u.completion_tokens for u in usages),
+        usages[0].cached_tokens,
+        sum(thoughts) if thoughts else None,
+    )
+
+
+class _Choice:
+    """The state of one choice: from token events to deltas."""
+
+    def __init__(self, model: ServedModel, request: GenerateRequest, form: OutputForm, index: int) -> None:
+        self._index = index
+        self._model = model
+        self._request = request
+        self._form = form
+        self._stop_token_ids = frozenset(request.stop_token_ids)
+        self._detokenizer = Detokenizer(model.tokenizer, _shown_ids(model, form))
+        self._stops = StopMatcher(form.stops)
+        self._parser: OutputParser = make_parser(
+            form.tool_format, form.reasoning, starts_in_reasoning=form.in_reasoning
+        )
+        self.failure: ApiError | None = None
+        self.num_tokens = 0
+        self._num_thoughts = 0
+        self._num_cached = 0
+
+    def take(self, event: TokenEvent) -> Delta:
+        """The delta of an event. `failure` is set when the engine gave the request up."""
+        thinking = self._parser.in_reasoning
+        self.num_tokens += len(event.token_ids)
+        self._num_cached = max(self._num_cached, event.num_cached_tokens)
+        shown = event.token_ids
+        if event.finish_reason == "stop" and shown and shown[-1] in self._stop_token_ids:
+            shown = shown[:-1]  # it may be an ordinary token with a text
+        text = self._stops.push(self._detokenizer.push(shown))
+        if event.finish_reason is not None:
+            text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        ended = "stop" if self._stops.matched else event.finish_reason
+        pieces = self._parser.push(text) + (self._parser.flush() if ended is not None else [])
+        if thinking:
+            self._num_thoughts += len(event.token_ids)
+        if not self._form.parallel_calls and any(isinstance(p, ToolCallStart) and p.index for p in pieces):
+            at = next(i for i, p in enumerate(pieces) if isinstance(p, ToolCallStart) and p.index)
+            pieces, ended = pieces[:at], "stop"
+        if ended in ("abort", "error"):
+            self.failure = engine_failed(event.error)
+        return Delta(
+            self._index,
+            tuple(pieces),
+            report_tokens(self._model.tokenizer, shown, event.logprobs),
+            report_tokens(self._model.tokenizer, self._request.prompt_ids[1:], event.prompt_logprobs),
+            self._reason(ended),
+            self._usage() if ended in ("stop", "length") else None,
+        )
+
+    def _reason(self, ended: str | None) -> FinishReason | None:
+        match ended:
+            case "stop":
+                return "tool_calls" if self._parser.num_tool_calls else "stop"
+            case "length":
+                return "length"
+            case _:
+                return None
+
+    def _usage(self) -> Usage:
+        thoughts = None if self._form.reasoning is None else self._num_thoughts
+        return Usage(len(self._request.prompt_ids), self.num_tokens, self._num_cached, thoughts)
+
+
+async def _choice(
+    engine: Engine, model: ServedModel, job: GenerationJob, index: int
+) -> AsyncGenerator[Delta, None]:
+    request = job.requests[index]
+    choice = _Choice(model, request, job.form, index)
+    feed = EventFeed(engine, request)
     try:
         while True:
-            event = await feed.next()
-            num_tokens += len(event.token_ids)
-            num_cached = max(num_cached, event.num_cached_tokens)
-            shown = event.token_ids
-            if event.finish_reason == "stop" and shown and shown[-1] in stop_token_ids:
-                shown = shown[:-1]  # it may be an ordinary token with a text
-            text = stops.push(detokenizer.push(shown))
-            if event.finish_reason is not None:
-                text += stops.push(detokenizer.flush()) + stops.flush()
-            ended = "stop" if stops.matched else event.finish_reason
-            if ended == "stop" or ended == "length":
-                yield Delta(text, ended, Usage(len(job.request.prompt_ids), num_tokens, num_cached))
+            delta = choice.take(await feed.next())
+            if delta.pieces or delta.reports or delta.prompt_reports or delta.finish_reason:
+                yield delta
+            if choice.failure:
+                raise choice.failure
+            if delta.finish_reason:
                 return
-            if text:
-                yield Delta(text)
-            if ended is not None:
-                raise _engine_failed(event.error)
     except (asyncio.CancelledError, GeneratorExit):
-        log.info("client left", request_id=job.request.request_id, generated_tokens=num_tokens)
+        log.info("client left", request_id=request.request_id, generated_tokens=choice.num_tokens)
         raise
     finally:
         await feed.close()
 
 
-def engine_unavailable() -> ApiError:
-    """The answer while the engine loads or restarts."""
-    return ApiError(
-        "The model is not ready. Try again shortly.",
-        status=503,
-        kind="server_error",
-        code="engine_unavailable",
-        headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
-    )
+async def _choices(engine: Engine, model: ServedModel, job: GenerationJob) -> AsyncGenerator[Delta, None]:
+    """All choices at once. The first computes the prompt; the others begin when its blocks can be shared."""
+    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+    prompt_computed = asyncio.Event()
 
-
-class _EventFeed:
-    """The engine's events of one request, read by a task of its own.
-
-    The task keeps cancellation apart: a response is cancelled through a scope that strikes at every
-    await, even in the engine generator's own clean-up, which has an abort to send. The task's
-    generator is cancelled once and then cleans up in peace. It also lets events that come together
-    be joined.
-    """
-
-    def __init__(self, engine: Engine, request: GenerateRequest) -> None:
-        self._request = request
-        self._waiting: list[TokenEvent] = []
-        self._failure: ApiError | None = None
-        self._arrival = asyncio.Event()
-        self._task = asyncio.create_task(self._read(engine), name=f"events of {request.request_id}")
-
-    async def next(self) -> TokenEvent:
-        """All events that are waiting, as one; at least one. Raises ApiError when the engine fails."""
-        await self._arrival.wait()
-        events, self._waiting = self._waiting, []
-        if not events and self._failure is not None:
-            raise self._failure
-        if self._failure is None:
-            self._arrival.clear()
-        return _join(events)
-
-    async def close(self) -> None:
-        """End the request; the engine is told unless it has ended by itself."""
-        self._task.cancel()
-        with anyio.move_on_after(_CLOSE_SECONDS, shield=True) as scope:
-            await asyncio.wait({self._task})
-        if scope.cancelled_caught:
-            log.error("request could not be closed in the engine", request_id=self._request.request_id)
-
-    async def _read(self, engine: Engine) -> None:
-        failure = _engine_failed(None)
+    async def follow(index: int) -> None:
         try:
-            async with aclosing(engine.generate(self._request)) as events:
-                async for event in events:
-                    self._waiting.append(event)
-                    self._arrival.set()
-        except EngineDeadError:
-            failure = engine_unavailable()
-        except Exception:
-            log.exception("request failed in the engine", request_id=self._request.request_id)
-        self._failure = failure  # or the end of the events; nobody asks behind the terminal one
-        self._arrival.set()
+            if index > 0:
+                await prompt_computed.wait()
+            async with aclosing(_choice(engine, model, job, index)) as deltas:
+                async for delta in deltas:
+                    prompt_computed.set()
+                    queue.put_nowait(delta)
+            queue.put_nowait(None)
+        except Exception as error:  # for the reader, who ends the others
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(follow(index)) for index in range(len(job.requests))]
+    num_open = len(tasks)
+    try:
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
+            await asyncio.wait(tasks)
 
 
-def _join(events: list[TokenEvent]) -> TokenEvent:
-    if len(events) == 1:
-        return events[0]
-    last = events[-1]
-    return TokenEvent(
-        last.request_id,
-        [token_id for event in events for token_id in event.token_ids],
-        last.finish_reason,
-        max(event.num_cached_tokens for event in events),
-        last.error,
-    )
-
-
-def _engine_failed(sentence: str | None) -> ApiError:
-    return ApiError(sentence or "The model failed to answer.", status=500, kind="server_error")
-
-
-def _messages(chat: ChatCompletionRequest) -> list[Message]:
-    """The conversation as templates know it, which have no developer."""
-    return [
-        {
-            "role": "system" if message.role == "developer" else message.role,
-            "content": message.text,
-            **({"name": message.name} if message.name else {}),
-        }
-        for message in chat.messages
-    ]
-
-
-def _sampling(chat: ChatCompletionRequest) -> SamplingParams:
-    """The caller's choices; msgspec's defaults are OpenAI's."""
-    chosen: dict[str, Any] = {
-        "temperature": chat.temperature,
-        "top_p": chat.top_p,
-        "top_k": None if chat.top_k is None else max(chat.top_k, 0),
-        "min_p": chat.min_p,
-        "presence_penalty": chat.presence_penalty,
-        "frequency_penalty": chat.frequency_penalty,
-        "repetition_penalty": chat.repetition_penalty,
-    }
-    seed = secrets.randbits(64) - 2**63 if chat.seed is None else chat.seed
-    return SamplingParams(seed=seed, **{name: value for name, value in chosen.items() if value is not None})
-
-
-def _fit(num_prompt: int, most_tokens: int | None, max_model_len: int) -> int:
-    """How many tokens may be generated: what the caller allows, by default all that fit.
-
-    Raises ApiError (400, context_length_exceeded) in OpenAI's words, which agents search for.
-    """
-    wanted = most_tokens or 1
-    if num_prompt + wanted <= max_model_len:
-        return most_tokens or max_model_len - num_prompt
-    message = f"This model's maximum context length is {max_model_len} tokens. However, "
-    if num_prompt > max_model_len:
-        message += f"your messages resulted in {num_prompt} tokens. Please reduce the length of the messages."
-    else:
-        message += (
-            f"you requested {num_prompt + wanted} tokens ({num_prompt} in the messages, {wanted} in the"
-            " completion). Please reduce the length of the messages or completion."
-        )
-    raise ApiError(message, param="messages", code="context_length_exceeded")
+def _shown_ids(model: ServedModel, form: OutputForm) -> frozenset[int]:
+    """Control tokens that a parser needs to see."""
+    texts = [*(form.tool_format.shown_tokens if form.tool_format else ())]
+    texts += form.reasoning.shown_tokens if form.reasoning else ()
+    ids = (model.tokenizer.id_of(text) for text in texts)
+    return frozenset(token for token in ids if token is not None)

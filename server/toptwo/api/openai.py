@@ -1,55 +1,30 @@
 """OpenAI's routes: chat completions and models.
 
-Knows HTTP and who calls; the work itself is done in generation, its JSON in completion, its stream in
+Knows HTTP and who calls; the work itself is done by the service, its JSON by completion, its stream by
 sse.
 """
 
 from __future__ import annotations
 
-import time
-import uuid
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import anyio
 from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from toptwo.api.body import read_body, run_while_connected
-from toptwo.api.completion import ChunkWriter, CompletionHead, completion, fingerprint
-from toptwo.api.generation import (
-    RETRY_AFTER_SECONDS,
-    Delta,
-    GenerationJob,
-    JobTicket,
-    engine_unavailable,
-    generate,
-    prepare,
-)
-from toptwo.api.health import Lifecycle
+from toptwo.api.chat_job import chat_job
+from toptwo.api.completion import ChunkWriter, completion
+from toptwo.api.schemas import ChatCompletionRequest
 from toptwo.api.security import Authenticator
-from toptwo.api.sse import EventStream, chat_events
-from toptwo.api.validation import ParsedChat, parse_chat
-from toptwo.engine.client import Engine
-from toptwo.errors import ApiError
-from toptwo.messages import EngineInfo
-from toptwo.text.model import ServedModel
-
-IGNORED_HEADER = "x-toptwo-ignored"
-_SMALL_BODY_BYTES = 64 * 1024
-# Threads that parse, render and tokenise. Few: this work competes with the model for the cores.
-_NUM_TEXT_THREADS = 2
+from toptwo.api.service import Service, ignored_header
+from toptwo.api.sse import EventStream, data_events
 
 
 @dataclass(frozen=True)
 class OpenAIEndpoints:
-    """The handlers of the routes, bound to one model and one engine."""
+    """The handlers of the routes."""
 
-    engine: Engine
-    model: ServedModel
-    lifecycle: Lifecycle
-    limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_NUM_TEXT_THREADS))
+    service: Service
 
     async def list_models(self) -> Response:
         """The models that requests may name."""
@@ -57,75 +32,30 @@ class OpenAIEndpoints:
 
     async def retrieve_model(self, model_id: str) -> Response:
         """One model. Raises ApiError (404)."""
-        self._require_model(model_id)
+        self.service.require_model(model_id)
         return JSONResponse(self._card())
 
     async def create_chat_completion(self, request: Request) -> Response:
         """Answer a conversation, whole or as a stream."""
-        parsed = await self._parse(await read_body(request))
+        parsed = await self.service.parse(request, ChatCompletionRequest)
         chat = parsed.request
-        self._require_model(chat.model)
-        info = self._require_engine()
-        head = CompletionHead(
-            completion_id=f"chatcmpl-{uuid.uuid4().hex}",
-            created=int(time.time()),
-            model=self.model.name,
-            fingerprint=fingerprint(self.model.name, info),
+        self.service.require_model(chat.model)
+        head = self.service.head("chatcmpl")
+        headers = ignored_header(parsed.ignored)
+        job = await self.service.prepare(
+            request, head.completion_id, lambda ticket, workshop: chat_job(chat, ticket, workshop)
         )
-        ticket = JobTicket(head.completion_id, cache_scope=request.state.key_id)
-        preparing = prepare(chat, self.model, ticket, max_model_len=info.max_model_len, limiter=self.limiter)
-        headers = {IGNORED_HEADER: ", ".join(parsed.ignored)} if parsed.ignored else {}
-        job = await run_while_connected(request, preparing)
+        logprobs = bool(chat.logprobs)
         if chat.stream:
-            writer = ChunkWriter(head, include_usage=chat.include_usage)
-            deltas = generate(self.engine, self.model, job)
-            return EventStream(chat_events(deltas, writer, include_usage=chat.include_usage), headers)
-        text, last = await run_while_connected(request, self._collect(job))
-        return Response(completion(head, text, last), media_type="application/json", headers=headers)
-
-    async def _parse(self, body: bytes) -> ParsedChat:
-        if len(body) <= _SMALL_BODY_BYTES:
-            return parse_chat(body)
-        return await anyio.to_thread.run_sync(parse_chat, body, limiter=self.limiter)
-
-    async def _collect(self, job: GenerationJob) -> tuple[str, Delta]:
-        texts = []
-        last = Delta("")
-        async with aclosing(generate(self.engine, self.model, job)) as deltas:
-            async for last in deltas:
-                texts.append(last.text)
-        return "".join(texts), last
-
-    def _require_model(self, name: str) -> None:
-        if name != self.model.name:
-            shown = name[:64]
-            raise ApiError(
-                f"The model '{shown}' does not exist or you do not have access to it.",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
-
-    def _require_engine(self) -> EngineInfo:
-        if self.lifecycle.draining:
-            raise ApiError(
-                "The server is shutting down.",
-                status=503,
-                kind="server_error",
-                code="shutting_down",
-                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
-            )
-        if self.engine.info is None:
-            raise engine_unavailable()
-        return self.engine.info
+            writer = ChunkWriter(head, num_choices=chat.num_choices, include_usage=chat.include_usage)
+            return EventStream(data_events(self.service.deltas(job), writer), headers)
+        choices = await self.service.choices(request, job)
+        body = completion(head, choices, logprobs=logprobs)
+        return Response(body, media_type="application/json", headers=headers)
 
     def _card(self) -> dict[str, object]:
-        return {
-            "id": self.model.name,
-            "object": "model",
-            "created": self.model.created,
-            "owned_by": "toptwo",
-        }
+        model = self.service.model
+        return {"id": model.name, "object": "model", "created": model.created, "owned_by": "toptwo"}
 
 
 def openai_router(endpoints: OpenAIEndpoints, authenticate: Authenticator) -> APIRouter:

@@ -83,20 +83,11 @@ CHAT_REQUEST = ParameterTable(
     },
     neutral={
         "audio": any_of(),
-        "enable_thinking": any_of(False),
         "function_call": any_of("none", "auto"),
         "functions": any_of([]),
-        "logit_bias": any_of({}),
-        "logprobs": any_of(False),
         "modalities": any_of(["text"]),
         "moderation": any_of(),
-        "parallel_tool_calls": any_of(True, False),
         "reasoning_effort": any_of("none"),
-        "response_format": any_of({"type": "text"}),
-        "separate_reasoning": any_of(False),
-        "tool_choice": any_of("none", "auto"),
-        "tools": any_of([]),
-        "top_logprobs": any_of(0),
         "verbosity": any_of("medium"),
         "web_search_options": any_of(),
     },
@@ -109,7 +100,6 @@ CHAT_MESSAGE = ParameterTable(
         "audio": any_of(),
         "function_call": any_of(),
         "refusal": any_of(),
-        "tool_calls": any_of([]),
     }
 )
 NOTHING_ELSE = ParameterTable()

@@ -9,8 +9,9 @@ is reported in the stream, as an error event and [DONE].
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
+from typing import Protocol
 
 import orjson
 import structlog
@@ -18,7 +19,6 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus, SendTimeoutError
 from starlette.types import Receive, Scope, Send
 
-from toptwo.api.completion import ChunkWriter
 from toptwo.api.generation import Delta
 from toptwo.errors import ApiError, internal_error
 
@@ -59,24 +59,30 @@ class EventStream(EventSourceResponse):
             await self._events.aclose()
 
 
-async def chat_events(
-    deltas: AsyncGenerator[Delta, None], writer: ChunkWriter, *, include_usage: bool
+class StreamWriter(Protocol):
+    """An endpoint's way to write deltas: the data of its events."""
+
+    def opening(self) -> Iterable[bytes]:
+        """What comes before the first delta."""
+
+    def chunks(self, delta: Delta) -> Iterable[bytes]:
+        """What a delta becomes."""
+
+
+async def data_events(
+    deltas: AsyncGenerator[Delta, None], writer: StreamWriter
 ) -> AsyncGenerator[bytes, None]:
-    """The events of one streamed completion. Failures become an error event; [DONE] is always last."""
+    """The events of one streamed answer. Failures become an error event; [DONE] is always last.
+
+    What a delta becomes leaves as one piece.
+    """
     try:
         async with aclosing(deltas):
-            opened = False
+            # Not earlier: the first chunk tells a client that the model has begun to answer.
+            opening = [*writer.opening()]
             async for delta in deltas:
-                # Not earlier: the first chunk tells a client that the model has begun to answer.
-                if not opened:
-                    yield _data(writer.opening())
-                    opened = True
-                if delta.text:
-                    yield _data(writer.text(delta.text))
-                if delta.finish_reason is not None:
-                    yield _data(writer.closing(delta.finish_reason))
-                if delta.usage is not None and include_usage:
-                    yield _data(writer.usage(delta.usage))
+                yield b"".join(map(_data, [*opening, *writer.chunks(delta)]))
+                opening = []
     except ApiError as error:
         yield _data(orjson.dumps(error.body()))
     except Exception:

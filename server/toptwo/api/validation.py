@@ -8,34 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import orjson
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from toptwo.api.parameters import CHAT_REQUEST
-from toptwo.api.schemas import ChatCompletionRequest
+from toptwo.api.strict import StrictModel
 from toptwo.errors import ApiError
 
 _LONGEST_MESSAGE = 300
 _LONGEST_PARAM = 200
-_OWN_CODES = ("unsupported_parameter", "unknown_parameter", "invalid_value")
+_OWN_CODES = ("unsupported_parameter", "unknown_parameter", "invalid_value", "missing_required_parameter")
 _OTHER_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
 
 
+MOST_DEPTH = 64  # levels of nesting, far beyond any honest request
+
+Schema = TypeVar("Schema", bound=StrictModel)
+
+
 @dataclass(frozen=True)
-class ParsedChat:
+class Parsed(Generic[Schema]):
     """A valid request, and the names of fields it set that make no difference here."""
 
-    request: ChatCompletionRequest
+    request: Schema
     ignored: tuple[str, ...]
 
 
-def parse_chat(body: bytes) -> ParsedChat:
-    """Decode and check a chat completion request. Raises ApiError (400).
+def parse_body(body: bytes, schema: type[Schema]) -> Parsed[Schema]:
+    """Decode and check a request. Raises ApiError (400).
 
-    The JSON parser refuses NaN, numbers beyond a double, unpaired surrogates, bytes that are no UTF-8,
-    and nesting beyond 1024 levels; nothing behind it recurses into what it returns.
+    The JSON parser refuses NaN, numbers beyond a double, unpaired surrogates and bytes that are no UTF-8.
     """
     try:
         given = orjson.loads(body)
@@ -45,15 +49,31 @@ def parse_chat(body: bytes) -> ParsedChat:
         ) from None
     if not isinstance(given, dict):
         raise ApiError("The request body must be a JSON object.", code="invalid_type")
+    if _is_deeper(given, MOST_DEPTH):
+        raise ApiError(
+            f"The request body is nested more than {MOST_DEPTH} levels deep.", code="invalid_value"
+        )
     try:
-        request = ChatCompletionRequest.model_validate(given)
+        request = schema.model_validate(given)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
         raise explain(details[0], given) from None
-    ignored = CHAT_REQUEST.ignored(given)
-    if request.stream_options is not None and request.stream_options.include_obfuscation is not None:
-        ignored.append("stream_options.include_obfuscation")
-    return ParsedChat(request, tuple(ignored))
+    return Parsed(request, (*schema.table.ignored(given), *request.ignored_inside()))
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    """Whether objects and lists are nested deeper; level by level, so that nothing recurses."""
+    level = [value]
+    while level and depth >= 0:
+        inner: list[object] = []
+        for one in level:
+            if isinstance(one, dict):
+                inner.extend(v for v in one.values() if isinstance(v, (dict, list)))
+            elif isinstance(one, list):
+                inner.extend(v for v in one if isinstance(v, (dict, list)))
+        level = inner
+        depth -= 1
+    return bool(level)
 
 
 def explain(detail: ErrorDetails, given: object) -> ApiError:

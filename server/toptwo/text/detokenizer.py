@@ -23,17 +23,20 @@ class Detokenizer:
 
     Decoders look back (at the start of a text they drop a space, bytes join into characters), so each
     piece is decoded together with the ids of the piece before it.
+
+    shown_ids: control tokens whose text is wanted all the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown_ids: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
+        self._shown_ids = shown_ids
         self._window: list[int] = []  # ids of the last piece, then those not shown yet
         self._num_shown = 0  # how many ids of the window have been shown,
         self._shown = ""  # and as which text
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that the new ids complete; it may be empty."""
-        self._window.extend(i for i in ids if self._tokenizer.has_text(i))
+        self._window.extend(i for i in ids if i in self._shown_ids or self._tokenizer.has_text(i))
         num_held = len(self._window) - self._num_shown
         if not num_held:
             return ""

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable
-
-# Two code points that Unicode reserves for internal use: valid in strings, no character of any text.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class ControlTokenGuard:
@@ -30,15 +28,18 @@ class ControlTokenGuard:
         heads = "|".join(f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in texts)
         self._first_character = re.compile(heads or "(?!)", re.IGNORECASE)
 
-    def is_needed(self, texts: Iterable[str]) -> bool:
-        """Whether any of the texts contains a control token."""
-        return any(self._first_character.search(text) for text in texts)
-
-    def protect(self, text: str, marker: str) -> str:
-        """The text with the marker behind the first character of every control token in it."""
-        return self._first_character.sub(lambda match: match.group() + marker, text)
+    def protect(self, value: Any, marker: str) -> Any:
+        """The value, JSON-like data, with the marker behind the first character of every control token
+        in any of its texts, names of fields included. Raises RecursionError on very deep data."""
+        if isinstance(value, str):
+            return self._first_character.sub(lambda match: match.group() + marker, value)
+        if isinstance(value, Mapping):
+            return {self.protect(k, marker): self.protect(v, marker) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.protect(item, marker) for item in value]
+        return value
 
 
 def new_marker() -> str:
-    """A text that no caller can foresee and that survives a template's trimming and case filters."""
-    return f"{_OPEN}{secrets.randbits(64)}{_CLOSE}"
+    """A text that no caller can foresee and that survives a template's trimming, case and JSON filters."""
+    return str(secrets.randbelow(9 * 10**24) + 10**24)

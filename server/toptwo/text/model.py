@@ -5,15 +5,28 @@ Knows tokenizer, template and guard; must not know HTTP or the engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from toptwo.errors import StartupError
+from toptwo.errors import ApiError, StartupError
 from toptwo.text.guard import ControlTokenGuard, new_marker
+from toptwo.text.parsers import ReasoningFormat, detect_reasoning
 from toptwo.text.template import ChatTemplate, Message
 from toptwo.text.tokenizer import Tokenizer
+from toptwo.text.tools import MARKER_TOKENS, Tool, ToolFormat, detect_tool_format, with_parsed_arguments
+
+_REASONING_TOKENS = ("<think>", "</think>")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat as the model gets it. in_reasoning: it ends inside a thought that the model goes on with."""
+
+    ids: list[int]
+    in_reasoning: bool
 
 
 @dataclass(frozen=True)
@@ -34,21 +47,57 @@ class ServedModel:
         """Tokens that end an answer."""
         return self.tokenizer.stop_token_ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the prompt that asks for the next answer. Slow for long chats: call it in a thread.
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids of `prompt_of`."""
+        return self.prompt_of(messages, tools, variables).ids
 
-        Texts of control tokens in the messages stay plain text.
-        Raises ApiError when the template refuses the messages.
+    def prompt_of(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """The prompt that asks for the next answer. Slow for long chats: call it in a thread.
+
+        variables: the caller's, for the template. Texts of control tokens in all three stay plain text.
+        Raises ApiError when the template refuses them.
         """
-        texts = [text for m in messages for key, text in m.items() if key != "role"]
-        if not self._guard.is_needed(texts):
-            return self.tokenizer.encode([self.template.render(messages)])
         marker = new_marker()
-        protected = [
-            {key: text if key == "role" else self._guard.protect(text, marker) for key, text in m.items()}
-            for m in messages
-        ]
-        return self.tokenizer.encode(self.template.render(protected).split(marker))
+        try:
+            # Parsed first: JSON text can hide a control token behind escapes.
+            protected = [self._protect_message(with_parsed_arguments(m), marker) for m in messages]
+            described = self._guard.protect([tool.as_openai() for tool in tools], marker)
+            given = self._guard.protect(variables or {}, marker)
+            text = self.template.render(protected, tools=described, variables=given)
+        except RecursionError:
+            message = "The messages or tools are nested too deeply."
+            raise ApiError(message, param="messages", code="invalid_value") from None
+        in_reasoning = self.reasoning is not None and text.rstrip().endswith(self.reasoning.open)
+        return Prompt(self.tokenizer.encode(text.split(marker)), in_reasoning)
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model spells its calls."""
+        # A template without tools gets them described in the fallback's format, whatever else it contains.
+        source = self.template.source if self.template.mentions_tools else ""
+        return detect_tool_format(source, self._ids_of(MARKER_TOKENS))
+
+    @cached_property
+    def reasoning(self) -> ReasoningFormat | None:
+        """How the model writes its thoughts; None where it has none."""
+        return detect_reasoning(self.template.source, self._ids_of(_REASONING_TOKENS))
+
+    def _ids_of(self, texts: Sequence[str]) -> dict[str, int]:
+        ids = {text: self.tokenizer.id_of(text) for text in texts}
+        return {text: token_id for text, token_id in ids.items() if token_id is not None}
+
+    def _protect_message(self, message: Message, marker: str) -> dict[str, Any]:
+        return {k: v if k == "role" else self._guard.protect(v, marker) for k, v in message.items()}
 
     @cached_property
     def _guard(self) -> ControlTokenGuard:

@@ -13,10 +13,12 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
@@ -25,9 +27,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from toptwo.errors import ApiError, StartupError
+from toptwo.text import tools as tools_of
 from toptwo.text.checkpoint import read_json_if_present, read_text
 
-Message = Mapping[str, str]  # "role" and "content", and "name" where the caller gave one
+# "role" and "content" (text or None), and where the caller gave them "name", "tool_calls" (OpenAI's, the
+# arguments as an object or as its JSON text), "tool_call_id", "reasoning_content".
+Message = Mapping[str, Any]
 
 MAX_PROMPT_CHARS = 16 * 1024 * 1024
 MAX_RENDER_SECONDS = 10.0
@@ -38,6 +43,7 @@ class ChatTemplate:
     """A compiled chat template. Thread-safe.
 
     named_tokens: what the template sees as `bos_token`, `eos_token` and so on.
+    source: the template's text. mentions_tools: whether it does something with tools itself.
     Raises StartupError when the source is not a valid template.
     """
 
@@ -45,8 +51,10 @@ class ChatTemplate:
         self, source: str, named_tokens: Mapping[str, str], *, origin: str = "chat template"
     ) -> None:
         environment = _environment()
+        self.source = source
         try:
             self._template = environment.from_string(source)
+            self.mentions_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
         except (jinja2.TemplateError, RecursionError) as error:
             raise StartupError(f"{origin}: is not a valid chat template ({error})") from None
         self._named_tokens = dict(named_tokens)
@@ -68,23 +76,67 @@ class ChatTemplate:
                 return cls(_default_of(value, path), named_tokens, origin=str(path))
         raise StartupError(f"{directory}: the model has no chat template (chat_template.jinja)")
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt, up to the point where the assistant's answer begins.
 
+        tools: OpenAI's form; a template that knows nothing of tools gets them as text.
+        variables: more names that the template may look up, such as enable_thinking.
         Raises ApiError (400, param messages) when the template refuses the messages or fails on them.
         """
-        variables = {
-            "messages": [dict(message) for message in messages],
+        has_calls = tools_of.contains_calls(messages)
+        if not self.mentions_tools and (tools or has_calls):
+            prepared = tools_of.messages_without_tools(messages, tools or (), takes_system=self._takes_system)
+            return self._render(prepared, None, variables or {})
+        prepared = tools_of.messages_for_tools(
+            messages,
+            arguments_as_text=has_calls and self._wants_arguments_as_text,
+            short_ids="[TOOL_CALLS]" in self.source,
+        )
+        return self._render(prepared, list(tools) if tools else None, variables or {})
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        return self._accepts([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
+
+    @cached_property
+    def _wants_arguments_as_text(self) -> bool:
+        """Most templates write the object as JSON; some join it to a text and fail on an object."""
+        return not self._accepts(_chat_with_call({})) and self._accepts(_chat_with_call("{}"))
+
+    def _accepts(self, messages: list[dict[str, Any]]) -> bool:
+        try:
+            self._render(messages, None, {})
+        except ApiError:
+            return False
+        return True
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> str:
+        ours = {
+            "messages": messages,
             "add_generation_prompt": True,
-            "tools": None,
+            "tools": tools,
             "documents": None,
             **self._named_tokens,
         }
+        if taken := sorted(ours.keys() & variables.keys()):
+            message = f"Invalid value for 'chat_template_kwargs': {taken[0]} is set by the server."
+            raise ApiError(message, param="chat_template_kwargs", code="invalid_value")
         deadline = time.monotonic() + MAX_RENDER_SECONDS
         parts: list[str] = []
         num_chars = 0
         try:
-            for part in self._template.generate(variables):
+            for part in self._template.generate({**variables, **ours}):
                 parts.append(part)
                 num_chars += len(part)
                 if num_chars > MAX_PROMPT_CHARS or time.monotonic() > deadline:
@@ -124,6 +176,15 @@ class _PlainNamespace(Namespace):
         if name.startswith("_"):
             raise SecurityError(f"a namespace cannot hold {name!r}")
         super().__setitem__(name, value)
+
+
+def _chat_with_call(arguments: object) -> list[dict[str, Any]]:
+    call = {"id": "a" * 9, "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "t", "name": "f", "tool_call_id": "a" * 9},
+    ]
 
 
 def _refusal(message: str) -> ApiError:

@@ -5,6 +5,8 @@ Knows the tokenizer files of a checkpoint; must not know chat messages, HTTP or 
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +16,20 @@ from toptwo.errors import StartupError
 from toptwo.text.checkpoint import read_json_if_present
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character that byte-level vocabularies write for each byte: itself where it is visible,
+    else the next free one from U+0100 on (GPT-2's convention)."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in visible]
+    characters = {chr(byte): byte for byte in visible}
+    return characters | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_characters()
 
 
 class Tokenizer:
@@ -40,6 +56,9 @@ class Tokenizer:
         special = {i: t.content for i, t in vocabulary.get_added_tokens_decoder().items() if t.special}
         self.special_ids = frozenset(special)
         self.special_tokens = tuple(sorted(special.values()))
+        decoder = json.loads(vocabulary.decoder.__getstate__()) if vocabulary.decoder else {}
+        kinds = [decoder, *decoder.get("decoders", [])]
+        self._is_byte_level = any(kind.get("type") == "ByteLevel" for kind in kinds)
         self._newline_ids = self._encode_whole(["\n"])[0]
 
     @classmethod
@@ -90,6 +109,28 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, that of control tokens included."""
         return self._vocabulary.decode(list(ids), skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that the token stands for, also where they are only part of a character."""
+        text = self._vocabulary.id_to_token(token_id)
+        if text is None:
+            return b""
+        if token_id in self.special_ids:
+            return text.encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF[character] for character in text if character in _BYTE_OF)
+        if byte := _BYTE_TOKEN.fullmatch(text):
+            return bytes([int(byte[1], 16)])
+        return text.replace("\u2581", " ").encode()
+
+    def id_of(self, text: str) -> int | None:
+        """The id of the token that is written so in the vocabulary."""
+        return self._vocabulary.token_to_id(text)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are, control tokens included."""
+        return self._vocabulary.get_vocab_size()
 
     def _encode_whole(self, texts: list[str]) -> list[list[int]]:
         # Of the library's entry points this is the one that lets go of the interpreter lock (a long

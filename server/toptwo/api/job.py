@@ -1,0 +1,168 @@
+"""A checked request as the engine's work: one prompt, one engine request per choice, and the answer's form.
+
+Knows the model's words and the engine's limits; must not know HTTP or how an answer is written.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from toptwo.api.sampling_schema import SamplingFields
+from toptwo.errors import ApiError
+from toptwo.messages import GenerateRequest, Grammar, LogprobsWanted, SamplingParams
+from toptwo.text.grammar import GrammarChecker, GrammarError
+from toptwo.text.model import ServedModel
+from toptwo.text.parsers import ReasoningFormat
+from toptwo.text.tools import ToolFormat
+
+NO_LOGPROBS = LogprobsWanted()
+SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of two choices; any odd number would do
+
+
+@dataclass(frozen=True)
+class OutputForm:
+    """How generated text becomes an answer.
+
+    tool_format, reasoning: what calls and thoughts look like; None where they are plain text.
+    in_reasoning: whether the prompt ends inside a thought.
+    parallel_calls: whether an answer may have more than one call.
+    """
+
+    stops: tuple[str, ...] = ()
+    tool_format: ToolFormat | None = None
+    reasoning: ReasoningFormat | None = None
+    in_reasoning: bool = False
+    parallel_calls: bool = True
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """What one answer needs. All requests have the same prompt; there is one per choice."""
+
+    requests: tuple[GenerateRequest, ...]
+    form: OutputForm
+
+
+@dataclass(frozen=True)
+class JobTicket:
+    """Whose job it is: a request id unique in the engine, and the scope of its cached prompts."""
+
+    request_id: str
+    cache_scope: str
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What turns requests into jobs: the model's words, the checker of grammars, the engine's context."""
+
+    model: ServedModel
+    grammars: GrammarChecker
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one endpoint asks for, in the engine's terms. grammar: serialised, or None for free text."""
+
+    prompt_ids: Sequence[int]
+    max_tokens: int
+    num_choices: int
+    grammar: str | None = None
+    grammar_param: str = "response_format"  # the field to name when it is refused
+    logprobs: LogprobsWanted = NO_LOGPROBS
+
+
+def make_requests(
+    fields: SamplingFields, order: Order, ticket: JobTicket, workshop: Workshop
+) -> tuple[GenerateRequest, ...]:
+    """One engine request per choice. Call it in a thread: a grammar is compiled.
+
+    Raises ApiError (400).
+    """
+    model = workshop.model
+    stop_token_ids = [] if fields.ignore_eos else list(model.stop_token_ids)
+    stop_token_ids += fields.stop_token_ids or []
+    grammar = None
+    if order.grammar is not None:
+        grammar = _checked(order, workshop)
+    sampling = _sampling(fields, model)
+    return tuple(
+        GenerateRequest(
+            request_id=ticket.request_id if index == 0 else f"{ticket.request_id}-{index}",
+            prompt_ids=list(order.prompt_ids),
+            sampling=_reseeded(sampling, index),
+            max_tokens=order.max_tokens,
+            stop_token_ids=stop_token_ids,
+            cache_scope=ticket.cache_scope,
+            grammar=grammar,
+            logprobs=order.logprobs,
+        )
+        for index in range(order.num_choices)
+    )
+
+
+def fit(num_prompt: int, most_tokens: int | None, max_model_len: int, *, param: str) -> int:
+    """How many tokens may be generated: what the caller allows, by default all that fit.
+
+    Raises ApiError (400, context_length_exceeded) in OpenAI's words, which agents search for.
+    """
+    wanted = most_tokens or 1
+    if num_prompt + wanted <= max_model_len:
+        return most_tokens or max_model_len - num_prompt
+    message = f"This model's maximum context length is {max_model_len} tokens. However, "
+    if num_prompt > max_model_len:
+        message += f"your messages resulted in {num_prompt} tokens. Please reduce the length of the messages."
+    else:
+        message += (
+            f"you requested {num_prompt + wanted} tokens ({num_prompt} in the messages, {wanted} in the"
+            " completion). Please reduce the length of the messages or completion."
+        )
+    raise ApiError(message, param=param, code="context_length_exceeded")
+
+
+def _checked(order: Order, workshop: Workshop) -> Grammar:
+    source = order.grammar or ""
+    try:
+        workshop.grammars.check(source)
+    except GrammarError as error:
+        message = f"Invalid value for '{order.grammar_param}': {error}"
+        raise ApiError(message, param=order.grammar_param, code="invalid_value") from None
+    return Grammar(source, list(workshop.model.stop_token_ids))
+
+
+def _sampling(fields: SamplingFields, model: ServedModel) -> SamplingParams:
+    """The caller's choices; msgspec's defaults are OpenAI's. Raises ApiError (400)."""
+    chosen: dict[str, Any] = {
+        "temperature": fields.temperature,
+        "top_p": fields.top_p,
+        "top_k": None if fields.top_k is None else max(fields.top_k, 0),
+        "min_p": fields.min_p,
+        "presence_penalty": fields.presence_penalty,
+        "frequency_penalty": fields.frequency_penalty,
+        "repetition_penalty": fields.repetition_penalty,
+        "min_tokens": fields.min_tokens,
+        "logit_bias": _bias(fields.logit_bias or {}, model.tokenizer.vocab_size),
+    }
+    seed = secrets.randbits(64) - 2**63 if fields.seed is None else fields.seed
+    return SamplingParams(seed=seed, **{name: value for name, value in chosen.items() if value is not None})
+
+
+def _bias(given: dict[str, float], vocab_size: int) -> dict[int, float]:
+    bias = {int(token): value for token, value in given.items()}
+    if any(token >= vocab_size for token in bias):
+        message = f"Invalid value for 'logit_bias': the model has {vocab_size} tokens, numbered from 0."
+        raise ApiError(message, param="logit_bias", code="invalid_value")
+    return bias
+
+
+def _reseeded(sampling: SamplingParams, index: int) -> SamplingParams:
+    """The first choice is the one that a request for a single choice gets."""
+    if index == 0:
+        return sampling
+    seed = (sampling.seed + index * SEED_STEP + 2**63) % 2**64 - 2**63
+    return SamplingParams(
+        **{name: getattr(sampling, name) for name in sampling.__struct_fields__} | {"seed": seed}
+    )

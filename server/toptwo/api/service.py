@@ -1,0 +1,114 @@
+"""What all generating endpoints have in common, from the body of a request to the deltas of its answer.
+
+Knows HTTP requests, one model and one engine; must not know any endpoint's format.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import anyio
+from starlette.requests import Request
+
+from toptwo.api.body import read_body, run_while_connected
+from toptwo.api.completion import ChoiceText, CompletionHead, collect, fingerprint
+from toptwo.api.events import RETRY_AFTER_SECONDS, engine_unavailable
+from toptwo.api.generation import Delta, generate
+from toptwo.api.health import Lifecycle
+from toptwo.api.job import GenerationJob, JobTicket, Workshop
+from toptwo.api.validation import Parsed, Schema, parse_body
+from toptwo.engine.client import Engine
+from toptwo.errors import ApiError
+from toptwo.messages import EngineInfo
+from toptwo.text.grammar import GrammarChecker
+from toptwo.text.model import ServedModel
+
+IGNORED_HEADER = "x-toptwo-ignored"
+_SMALL_BODY_BYTES = 64 * 1024
+# Threads that parse, render and tokenise. Few: this work competes with the model for the cores.
+_NUM_TEXT_THREADS = 2
+
+MakeJob = Callable[[JobTicket, Workshop], GenerationJob]
+
+
+@dataclass(frozen=True)
+class Service:
+    """One model behind one engine, as endpoints use it."""
+
+    engine: Engine
+    model: ServedModel
+    grammars: GrammarChecker
+    lifecycle: Lifecycle
+    limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_NUM_TEXT_THREADS))
+
+    async def parse(self, request: Request, schema: type[Schema]) -> Parsed[Schema]:
+        """The request's body as the schema. Raises ApiError (400, 408, 413) and ClientDisconnect."""
+        body = await read_body(request)
+        if len(body) <= _SMALL_BODY_BYTES:
+            return parse_body(body, schema)
+        return await anyio.to_thread.run_sync(parse_body, body, schema, limiter=self.limiter)
+
+    def head(self, kind: str) -> CompletionHead:
+        """The head of a new answer, whose id begins with `kind`. Raises ApiError (503)."""
+        info = self.require_engine()
+        completion_id = f"{kind}-{uuid.uuid4().hex}"
+        return CompletionHead(completion_id, int(time.time()), self.model.name, fingerprint(info))
+
+    async def prepare(self, request: Request, request_id: str, make_job: MakeJob) -> GenerationJob:
+        """The job, made in a thread while the client stays. Raises ApiError (400, 503)."""
+        ticket = JobTicket(request_id, cache_scope=request.state.key_id)
+        workshop = Workshop(self.model, self.grammars, self.require_engine().max_model_len)
+        return await run_while_connected(request, self._in_thread(make_job, ticket, workshop))
+
+    def deltas(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
+        """The answer in pieces."""
+        return generate(self.engine, self.model, job)
+
+    async def choices(self, request: Request, job: GenerationJob) -> list[ChoiceText]:
+        """The whole answer. Raises ApiError (500, 503) and ClientDisconnect."""
+        return await run_while_connected(request, self._collect(job))
+
+    def require_model(self, name: str) -> None:
+        """Raises ApiError (404) unless it is the name of the model."""
+        if name != self.model.name:
+            raise ApiError(
+                f"The model '{name[:64]}' does not exist or you do not have access to it.",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+    def require_engine(self) -> EngineInfo:
+        """What the engine is. Raises ApiError (503) when nothing new can be served now."""
+        if self.lifecycle.draining:
+            raise ApiError(
+                "The server is shutting down.",
+                status=503,
+                kind="server_error",
+                code="shutting_down",
+                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+            )
+        if self.engine.info is None:
+            raise engine_unavailable()
+        return self.engine.info
+
+    async def _in_thread(self, make_job: MakeJob, ticket: JobTicket, workshop: Workshop) -> GenerationJob:
+        return await anyio.to_thread.run_sync(
+            make_job, ticket, workshop, limiter=self.limiter, abandon_on_cancel=True
+        )
+
+    async def _collect(self, job: GenerationJob) -> list[ChoiceText]:
+        deltas = []
+        async with aclosing(self.deltas(job)) as stream:
+            async for delta in stream:
+                deltas.append(delta)
+        return collect(deltas, len(job.requests))
+
+
+def ignored_header(ignored: Sequence[str]) -> dict[str, str]:
+    """Tells the caller which fields made no difference."""
+    return {IGNORED_HEADER: ", ".join(ignored)} if ignored else {}
