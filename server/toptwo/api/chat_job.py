@@ -71,7 +71,8 @@ def _grammar(chat: ChatCompletionRequest, model: ServedModel) -> tuple[str | Non
     try:
         if mode_of(chat.tool_choice, chat.tools) == "required":
             param = "tools"
-            parallel = chat.parallel_tool_calls is not False
+            named = isinstance(chat.tool_choice, ToolChoiceObject) and chat.tool_choice.function is not None
+            parallel = chat.parallel_tool_calls is not False and not named
             return model.tool_format.grammar(_tools(chat), parallel=parallel), param
         if chat.guided_regex is not None:
             param = "guided_regex"
