@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ MAX_SCHEMA_DEPTH = 64
 CHECK_SECONDS = 5.0
 WORKER_BYTES = 1024**3  # address space of the worker
 _START_SECONDS = 60.0  # a large vocabulary takes a while to load on a busy machine
+_END_SECONDS = 1.0  # until a worker that nobody writes to is gone by itself
 _NUM_CACHED = 1024
 # A verdict of "too slow" may be the fault of a busy machine, so it does not hold for ever.
 _DOUBT_SECONDS = 60.0
@@ -207,14 +209,15 @@ class GrammarChecker:
 
     def _ask(self, line: bytes) -> bytes:
         """The worker's line of answer; empty when the question was too much for it."""
-        for _ in range(2):  # if it dies in time, it may have died of something else
+        for _ in range(2):
             worker = self._running_worker()
             started = time.monotonic()
             with contextlib.suppress(BrokenPipeError):
                 if answer := _exchange(worker, line, self._seconds):
                     return answer
             self._discard()
-            if time.monotonic() - started >= self._seconds:
+            # It was killed, and not for being late: that was somebody else, and says nothing of the question.
+            if worker.returncode != -signal.SIGKILL or time.monotonic() - started >= self._seconds:
                 break
         return b""
 
@@ -238,12 +241,15 @@ class GrammarChecker:
         worker, self._worker = self._worker, None
         if worker is None:
             return
-        worker.kill()
         stdin, stdout = _pipes(worker)
         with contextlib.suppress(BrokenPipeError):
             stdin.close()
         stdout.close()
-        worker.wait()
+        try:
+            worker.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
 
 
 def _exchange(worker: subprocess.Popen[bytes], line: bytes, seconds: float) -> bytes:
