@@ -43,6 +43,7 @@ def told(pieces: list[Piece]) -> Told:
                 assert isinstance(last, ToolCallStart | ToolCallArguments)
                 assert last.index == index
                 assert text
+                assert isinstance(answer[-1], tuple)
                 name, before = answer[-1]
                 answer[-1] = (name, before + text)
             case Reasoning(text):
@@ -167,6 +168,8 @@ def test_llama3(text: str, expected: Told) -> None:
         '{"name": "f", "arguments": "[1]"}',
         '{"name": "", "arguments": {}}',
         '{"name": 5, "arguments": {}}',
+        pytest.param('{"name": ' + "[" * 9000 + "]" * 9000 + ', "arguments": {}}', id="deep name"),
+        pytest.param('{"name": "f", "arguments": "' + "[" * 9000 + '"}', id="deep text"),
         '{"name": "\\ud800", "arguments": {}}',
         '{"name": "f", "arguments": "{\\"x\\": \\"\\ud800\\"}"}',
         '{"name": "\\x", "arguments": {}}',

@@ -47,8 +47,9 @@ def chat_job(chat: ChatCompletionRequest, ticket: JobTicket, workshop: Workshop)
     form = OutputForm(
         stops=chat.stops,
         tool_format=None if mode == "none" else model.tool_format,
-        reasoning=model.reasoning if chat.separate_reasoning in (None, True) else None,
-        in_reasoning=prompt.in_reasoning,
+        # A grammar holds from the first token on and leaves no room for thoughts.
+        reasoning=model.reasoning if grammar is None and chat.separate_reasoning is not False else None,
+        in_reasoning=prompt.in_reasoning and grammar is None,
         parallel_calls=chat.parallel_tool_calls is not False,
     )
     return GenerationJob(make_requests(chat, order, ticket, workshop), form)

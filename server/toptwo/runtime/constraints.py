@@ -47,7 +47,8 @@ class GrammarStates:
         if new.grammar is None:
             return
         vocabulary = self._vocabulary(tuple(new.grammar.end_token_ids))
-        matcher = llguidance.LLMatcher(vocabulary, new.grammar.source, log_level=0)
+        limits = llguidance.LLParserLimits(verbose_errors=False)  # errors would hold the whole grammar
+        matcher = llguidance.LLMatcher(vocabulary, new.grammar.source, log_level=0, limits=limits)
         for token in new.token_ids[new.num_prompt_tokens :]:
             matcher.consume_token(token)
         self._matchers[new.slot] = matcher

@@ -300,7 +300,7 @@ def _decoded(literal: str) -> str:
         if not isinstance(text, str):
             raise NotACallError
         text.encode()
-    except ValueError:  # half a surrogate pair is one, too
+    except (ValueError, RecursionError):  # the first also for half a surrogate pair
         raise NotACallError from None
     return text
 

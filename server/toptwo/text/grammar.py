@@ -27,7 +27,7 @@ from typing import IO, Any
 
 MAX_GRAMMAR_BYTES = 256 * 1024
 MAX_SCHEMA_DEPTH = 64
-CHECK_SECONDS = 5.0
+CHECK_SECONDS = 2.0  # the engine compiles it once more, while other requests wait
 WORKER_BYTES = 1024**3  # address space of the worker
 _START_SECONDS = 60.0  # a large vocabulary takes a while to load on a busy machine
 _END_SECONDS = 1.0  # until a worker that nobody writes to is gone by itself

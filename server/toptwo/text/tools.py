@@ -163,7 +163,7 @@ def messages_without_tools(
     """
     told: list[dict[str, Any]] = []
     was_tool = False
-    for message in messages:
+    for message in map(with_parsed_arguments, messages):
         text = message.get("content") or ""
         is_tool = message["role"] == "tool"
         if is_tool:
