@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
+from toptwo.api.anthropic import AnthropicAuthenticator, messages_router
+from toptwo.api.completions import completions_router
+from toptwo.api.embeddings import embeddings_router
 from toptwo.api.handlers import RequestEnvelope, install_error_handlers
 from toptwo.api.health import Lifecycle, health_router
 from toptwo.api.openai import OpenAIEndpoints, openai_router
+from toptwo.api.responses import responses_router
 from toptwo.api.security import Authenticator, KeyRing
 from toptwo.api.service import Service
+from toptwo.api.tokens import tokens_router
 from toptwo.engine.client import Engine
 from toptwo.text.grammar import GrammarChecker
 from toptwo.text.model import ServedModel
@@ -40,9 +45,18 @@ def create_app(
         # A redirect would be an answer given before the key is looked at.
         redirect_slashes=False,
     )
-    endpoints = OpenAIEndpoints(Service(engine, model, grammars, lifecycle))
+    service = Service(engine, model, grammars, lifecycle)
+    routers = [
+        openai_router(OpenAIEndpoints(service), authenticate),
+        completions_router(service, authenticate),
+        responses_router(service, authenticate),
+        embeddings_router(authenticate),
+        tokens_router(service, authenticate),
+        messages_router(service, AnthropicAuthenticator(keys)),
+    ]
     for prefix in OPENAI_PREFIXES:
-        app.include_router(openai_router(endpoints, authenticate), prefix=prefix)
+        for router in routers:
+            app.include_router(router, prefix=prefix)
     app.include_router(health_router(engine, lifecycle))
     install_error_handlers(app, authenticate)
     app.add_middleware(RequestEnvelope)

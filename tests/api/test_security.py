@@ -78,6 +78,18 @@ def test_the_routes_are_the_known_ones(app: FastAPI) -> None:
             ("GET", f"{prefix}/models"),
             ("GET", f"{prefix}/models/org/tiny-moe"),
         }
+        expected |= {
+            ("POST", f"{prefix}/{name}")
+            for name in (
+                "completions",
+                "responses",
+                "embeddings",
+                "tokenize",
+                "detokenize",
+                "messages",
+                "messages/count_tokens",
+            )
+        }
     assert set(routes(app)) == expected
 
 

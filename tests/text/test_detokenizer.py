@@ -75,3 +75,21 @@ def test_endless_noise_does_not_pile_up() -> None:
     detokenizer = Detokenizer(BYTE_LEVEL)
     shown = "".join(detokenizer.push(noise) for _ in range(2000))
     assert len(shown) > 1500
+
+
+@VOCABULARIES
+@given(text=texts, before=st.sampled_from(["hell", "a ", "hello w"]))
+def test_a_text_that_goes_on_keeps_its_first_space(tokenizer: Tokenizer, text: str, before: str) -> None:
+    """Decoders of the SentencePiece family drop a space at the start of a text."""
+    prompt, ids = tokenizer.encode([before]), tokenizer.encode([before + text])
+    if ids[: len(prompt)] != prompt:
+        return  # the border melted into a token
+    detokenizer = Detokenizer(tokenizer, before=prompt)
+    pieces = [*(detokenizer.push([token]) for token in ids[len(prompt) :]), detokenizer.flush()]
+    assert tokenizer.decode(prompt) + "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_control_tokens_show_where_somebody_needs_them() -> None:
+    (control,) = BYTE_LEVEL.encode(["<|im_end|>"])
+    assert Detokenizer(BYTE_LEVEL).push([control]) == ""
+    assert Detokenizer(BYTE_LEVEL, frozenset([control])).push([control]) == "<|im_end|>"

@@ -14,19 +14,20 @@ few_letters = st.text(alphabet="ab", max_size=40)
 stop_lists = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=4)
 
 
-def feed(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
+def feed(stops: list[str], pieces: list[str]) -> tuple[str, str | None]:
     matcher = StopMatcher(stops)
     shown = "".join(matcher.push(piece) for piece in pieces) + matcher.flush()
     return shown, matcher.matched
 
 
-def expected(stops: list[str], text: str) -> tuple[str, bool]:
+def expected(stops: list[str], text: str) -> tuple[str, str | None]:
     """The plain definition: the first place where the text so far ends with a stop string."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
-            return text[: end - max(map(len, found))], True
-    return text, False
+            longest = max(found, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
 
 
 @given(stop_lists, few_letters, st.lists(st.integers(0, 40), max_size=8))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from fakes import CHATML, byte_fallback_vocabulary, byte_level_vocabulary, served_model
 from toptwo.errors import StartupError
@@ -112,3 +115,29 @@ def test_pieces_after_the_first_get_no_leading_space() -> None:
     tokenizer = Tokenizer(byte_fallback_vocabulary())
     assert tokenizer.decode(tokenizer.encode(["he", "ll"])) == "hell"
     assert tokenizer.decode(tokenizer.encode(["he", "\nll", " he"])) == "he\nll he"
+
+
+def test_what_comes_before_every_raw_text_is_known() -> None:
+    vocabulary = byte_fallback_vocabulary()
+    assert Tokenizer(vocabulary).prefix_ids == ()
+    bos = vocabulary.token_to_id("<s>")
+    vocabulary.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    assert Tokenizer(vocabulary).prefix_ids == (bos,)
+
+
+@pytest.mark.parametrize("inner", [byte_level_vocabulary, byte_fallback_vocabulary])
+@given(
+    text=st.text(alphabet=st.one_of(st.sampled_from("hello wim "), st.characters(codec="utf-8")), max_size=20)
+)
+def test_bytes_of_tokens_join_to_the_text(inner: Callable[[], tokenizers.Tokenizer], text: str) -> None:
+    tokenizer = Tokenizer(inner())
+    ids = tokenizer.encode([text])
+    if inner is byte_fallback_vocabulary and tokenizer.decode(ids) != text:
+        return  # spaces that this vocabulary cannot tell apart
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode().lstrip(" ") == text.lstrip(" ")
+
+
+def test_bytes_of_tokens_that_are_not_there() -> None:
+    tokenizer = Tokenizer(byte_level_vocabulary())
+    assert tokenizer.token_bytes(10**6) == b""
+    assert tokenizer.token_bytes(tokenizer.encode(["<|im_end|>"])[0]) == b"<|im_end|>"

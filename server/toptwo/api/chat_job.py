@@ -10,17 +10,12 @@ from typing import Any
 
 from toptwo.api.job import GenerationJob, JobTicket, Order, OutputForm, Workshop, fit, make_requests
 from toptwo.api.message_schema import ChatMessage, ToolCall
+from toptwo.api.output_grammar import output_grammar
 from toptwo.api.schemas import ChatCompletionRequest
 from toptwo.api.tool_schema import ToolChoiceObject, mode_of
 from toptwo.errors import ApiError
 from toptwo.messages import LogprobsWanted
-from toptwo.text.grammar import (
-    GrammarError,
-    json_object_grammar,
-    json_schema_grammar,
-    lark_grammar,
-    regex_grammar,
-)
+from toptwo.text.grammar import GrammarError
 from toptwo.text.model import ServedModel
 from toptwo.text.template import Message
 from toptwo.text.tools import Tool
@@ -68,28 +63,14 @@ def _tools(chat: ChatCompletionRequest) -> list[Tool]:
 
 def _grammar(chat: ChatCompletionRequest, model: ServedModel) -> tuple[str | None, str]:
     """The grammar of the answer, if it has one, and the field that it comes from."""
-    param = "response_format"
+    if mode_of(chat.tool_choice, chat.tools) != "required":
+        return output_grammar(chat, chat.response_format)
+    named = isinstance(chat.tool_choice, ToolChoiceObject) and chat.tool_choice.function is not None
+    parallel = chat.parallel_tool_calls is not False and not named
     try:
-        if mode_of(chat.tool_choice, chat.tools) == "required":
-            param = "tools"
-            named = isinstance(chat.tool_choice, ToolChoiceObject) and chat.tool_choice.function is not None
-            parallel = chat.parallel_tool_calls is not False and not named
-            return model.tool_format.grammar(_tools(chat), parallel=parallel), param
-        if chat.guided_regex is not None:
-            param = "guided_regex"
-            return regex_grammar(chat.guided_regex), param
-        if chat.guided_grammar is not None:
-            param = "guided_grammar"
-            return lark_grammar(chat.guided_grammar), param
-        if chat.response_format is None or chat.response_format.type == "text":
-            return None, param
-        if chat.response_format.json_schema is None:
-            return json_object_grammar(), param
-        param = "response_format.json_schema.schema"
-        return json_schema_grammar(chat.response_format.json_schema.schema_ or {"type": "object"}), param
+        return model.tool_format.grammar(_tools(chat), parallel=parallel), "tools"
     except GrammarError as error:
-        message = f"Invalid value for '{param}': {error}"
-        raise ApiError(message, param=param, code="invalid_value") from None
+        raise ApiError(f"Invalid value for 'tools': {error}", param="tools", code="invalid_value") from None
 
 
 def _messages(chat: ChatCompletionRequest) -> list[Message]:

@@ -12,11 +12,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
-import anyio
 import structlog
 
 from toptwo.api.events import EventFeed, engine_failed
 from toptwo.api.job import GenerationJob, OutputForm
+from toptwo.api.merging import merge
 from toptwo.api.token_text import TokenReport, report_tokens
 from toptwo.engine.client import Engine
 from toptwo.errors import ApiError
@@ -28,8 +28,8 @@ from toptwo.text.stops import StopMatcher
 
 log = structlog.get_logger()
 
+_LOOK_BACK = 8  # tokens of a prompt that decide how the first one after it is written
 FinishReason = Literal["stop", "length", "tool_calls"]
-_CLOSE_SECONDS = 6.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Delta:
 
     reports: on the tokens that came, where log-probabilities were asked for.
     prompt_reports: on the prompt's tokens from the second on, in the choice's first delta.
+    stop: the stop string that ended the choice, if one did.
     """
 
     index: int
@@ -59,6 +60,7 @@ class Delta:
     prompt_reports: tuple[TokenReport, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    stop: str | None = None
 
 
 async def generate(engine: Engine, model: ServedModel, job: GenerationJob) -> AsyncGenerator[Delta, None]:
@@ -71,7 +73,9 @@ async def generate(engine: Engine, model: ServedModel, job: GenerationJob) -> As
             async for delta in deltas:
                 yield delta
         return
-    async with aclosing(_choices(engine, model, job)) as deltas:
+    begun = asyncio.Event()
+    choices = [_later_choice(engine, model, job, index, begun) for index in range(len(job.requests))]
+    async with aclosing(merge(choices)) as deltas:
         async for delta in deltas:
             yield delta
 
@@ -96,7 +100,8 @@ class _Choice:
         self._request = request
         self._form = form
         self._stop_token_ids = frozenset(request.stop_token_ids)
-        self._detokenizer = Detokenizer(model.tokenizer, _shown_ids(model, form))
+        before = request.prompt_ids[-_LOOK_BACK:] if form.continues else ()
+        self._detokenizer = Detokenizer(model.tokenizer, _shown_ids(model, form), before)
         self._stops = StopMatcher(form.stops)
         self._parser: OutputParser = make_parser(
             form.tool_format, form.reasoning, starts_in_reasoning=form.in_reasoning
@@ -133,6 +138,7 @@ class _Choice:
             report_tokens(self._model.tokenizer, self._request.prompt_ids[1:], event.prompt_logprobs),
             self._reason(ended),
             self._usage() if ended in ("stop", "length") else None,
+            self._stops.matched,
         )
 
     def _reason(self, ended: str | None) -> FinishReason | None:
@@ -171,39 +177,16 @@ async def _choice(
         await feed.close()
 
 
-async def _choices(engine: Engine, model: ServedModel, job: GenerationJob) -> AsyncGenerator[Delta, None]:
-    """All choices at once. The first computes the prompt; the others begin when its blocks can be shared."""
-    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
-    prompt_computed = asyncio.Event()
-
-    async def follow(index: int) -> None:
-        try:
-            if index > 0:
-                await prompt_computed.wait()
-            async with aclosing(_choice(engine, model, job, index)) as deltas:
-                async for delta in deltas:
-                    prompt_computed.set()
-                    queue.put_nowait(delta)
-            queue.put_nowait(None)
-        except Exception as error:  # for the reader, who ends the others
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(follow(index)) for index in range(len(job.requests))]
-    num_open = len(tasks)
-    try:
-        while num_open:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
-            await asyncio.wait(tasks)
+async def _later_choice(
+    engine: Engine, model: ServedModel, job: GenerationJob, index: int, begun: asyncio.Event
+) -> AsyncGenerator[Delta, None]:
+    """A choice, of many, that waits until the first one has computed the prompt, whose blocks it shares."""
+    if index > 0:
+        await begun.wait()
+    async with aclosing(_choice(engine, model, job, index)) as deltas:
+        async for delta in deltas:
+            begun.set()
+            yield delta
 
 
 def _shown_ids(model: ServedModel, form: OutputForm) -> frozenset[int]:

@@ -29,6 +29,7 @@ class OutputForm:
     tool_format, reasoning: what calls and thoughts look like; None where they are plain text.
     in_reasoning: whether the prompt ends inside a thought.
     parallel_calls: whether an answer may have more than one call.
+    continues: whether the text goes on where the prompt ends, instead of answering it.
     """
 
     stops: tuple[str, ...] = ()
@@ -36,6 +37,7 @@ class OutputForm:
     reasoning: ReasoningFormat | None = None
     in_reasoning: bool = False
     parallel_calls: bool = True
+    continues: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, model_validator
 
 from toptwo.api.message_schema import ChatMessage
+from toptwo.api.output_grammar import check_one_grammar
 from toptwo.api.parameters import CHAT_REQUEST, ParameterTable, unsupported
 from toptwo.api.sampling_schema import INT32_MAX, SamplingFields
 from toptwo.api.strict import contradiction
@@ -44,24 +45,10 @@ class ChatCompletionRequest(SamplingFields):
         if self.top_logprobs is not None and not self.logprobs:
             raise contradiction("top_logprobs", "It is only allowed when logprobs is true.")
         check_tool_choice(self.tool_choice, self.tools or [])
-        self._check_one_grammar()
+        names = check_one_grammar(self, self.response_format)
+        if names and mode_of(self.tool_choice, self.tools) != "none":
+            raise unsupported(names[0], "With tools it is only supported when tool_choice is 'none'.")
         return self
-
-    def _check_one_grammar(self) -> None:
-        formatted = self.response_format is not None and self.response_format.type != "text"
-        given = {
-            "response_format": formatted,
-            "guided_regex": self.guided_regex is not None,
-            "guided_grammar": self.guided_grammar is not None,
-        }
-        names = [name for name, is_given in given.items() if is_given]
-        if len(names) > 1:
-            raise contradiction(names[1], f"It contradicts {names[0]}; give one of them.")
-        if names and self.tools and mode_of(self.tool_choice, self.tools) != "none":
-            message = "With tools it is only supported when tool_choice is 'none'."
-            raise unsupported(names[0], message)
-        if names and self.ignore_eos:
-            raise contradiction("ignore_eos", f"It contradicts {names[0]}, which says where the answer ends.")
 
     @property
     def most_tokens(self) -> int | None:

@@ -25,14 +25,18 @@ class Detokenizer:
     piece is decoded together with the ids of the piece before it.
 
     shown_ids: control tokens whose text is wanted all the same.
+    before: the last ids of a text that these go on with; the pieces do not repeat it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, shown_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, shown_ids: frozenset[int] = frozenset(), before: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._shown_ids = shown_ids
-        self._window: list[int] = []  # ids of the last piece, then those not shown yet
-        self._num_shown = 0  # how many ids of the window have been shown,
-        self._shown = ""  # and as which text
+        # ids of the last piece, then those not shown yet
+        self._window = [token for token in before if tokenizer.has_text(token)]
+        self._num_shown = len(self._window)  # how many ids of the window have been shown,
+        self._shown = tokenizer.decode(self._window)  # and as which text
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that the new ids complete; it may be empty."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Lets text through up to the first stop string; `matched` tells that one was found.
+    """Lets text through up to the first stop string; `matched` tells which one was found.
 
     The stop string that is complete first wins, of two that end together the longer one. Text that
     may be the beginning of a stop string is held back. Work and memory per piece are proportional to
@@ -20,23 +20,25 @@ class StopMatcher:
         self._stops = [(stop, _borders(stop)) for stop in stops]
         self._progress = [0] * len(stops)  # how much of each stop string the text ends with
         self._held = ""
-        self.matched = False
+        self.matched: str | None = None
 
     def push(self, text: str) -> str:
         """Text that is certain to come before any stop string; empty once one has matched."""
-        if self.matched or not self._stops:
-            return "" if self.matched else text
+        if self.matched is not None:
+            return ""
+        if not self._stops:
+            return text
         start = len(self._held)
         self._held += text
         for end, character in enumerate(text, start=start + 1):
             if found := self._advance(character):
-                self.matched = True
+                self.matched = self._held[end - found : end]
                 return self._release(end - found)
         return self._release(len(self._held) - max(self._progress))
 
     def flush(self) -> str:
         """The text held back, when no more will come."""
-        return "" if self.matched else self._release(len(self._held))
+        return "" if self.matched is not None else self._release(len(self._held))
 
     def _advance(self, character: str) -> int:
         """Feed one character; the length of the longest stop string it completes, or 0."""

@@ -38,6 +38,7 @@ class Tokenizer:
     stop_token_ids: tokens that end an answer (eos and its like), sorted; may be empty.
     named_tokens: "bos_token" -> "<s>" and so on, for chat templates.
     special_tokens: texts of all control tokens. special_ids: their ids.
+    prefix_ids: what the tokenizer puts before every raw text, say <s>.
     """
 
     def __init__(
@@ -59,6 +60,9 @@ class Tokenizer:
         decoder = json.loads(vocabulary.decoder.__getstate__()) if vocabulary.decoder else {}
         kinds = [decoder, *decoder.get("decoders", [])]
         self._is_byte_level = any(kind.get("type") == "ByteLevel" for kind in kinds)
+        with_extras = vocabulary.encode("a")
+        marks = with_extras.special_tokens_mask
+        self.prefix_ids = tuple(with_extras.ids[: marks.index(0)] if 0 in marks else ())
         self._newline_ids = self._encode_whole(["\n"])[0]
 
     @classmethod

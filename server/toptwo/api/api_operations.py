@@ -1,0 +1,188 @@
+"""What each route takes and answers, as a table.
+
+Knows schemas and status codes; must not know how the table is written down or how a route works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from toptwo.api import response_schemas as answers
+from toptwo.api.anthropic_schema import CountTokensRequest, MessagesRequest
+from toptwo.api.responses_schema import ResponsesRequest
+from toptwo.api.schemas import ChatCompletionRequest
+from toptwo.api.text_completion_schema import CompletionRequest
+from toptwo.api.tokens import DetokenizeRequest, TokenizeRequest
+
+ERRORS = {
+    400: "The request is wrong; param names the field.",
+    401: "There is no key, or it is not valid.",
+    404: "There is no such model.",
+    408: "The body took too long to arrive.",
+    413: "The body is too large.",
+    500: "The server failed.",
+    501: "This server cannot do that.",
+    503: "The model is not ready, or the server is shutting down.",
+}
+_OF_BODIES = (400, 401, 404, 408, 413, 500, 503)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One path and what its methods do.
+
+    name: unique. path: behind the prefix. answers: what comes with a status that is no error.
+    event: the data of a stream's events, where the answer can be streamed; stream: about them.
+    parameters: parts of the path, and their schemas. security: names of the schemes of which one is
+    needed; None stands for the document's. error: the form of errors.
+    """
+
+    name: str
+    path: str
+    summary: str
+    answers: Mapping[int, type[BaseModel]]
+    errors: tuple[int, ...] = _OF_BODIES
+    methods: tuple[str, ...] = ("POST",)
+    tag: str = "openai"
+    body: type[BaseModel] | None = None
+    event: type[BaseModel] | None = None
+    stream: str = "With stream: events, whose data is JSON, and behind them the data [DONE]."
+    parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    security: tuple[str, ...] | None = None
+    error: type[BaseModel] = answers.ErrorEnvelope
+
+    @property
+    def schemas(self) -> set[type[BaseModel]]:
+        """All that it refers to."""
+        return {kind for kind in (*self.answers.values(), self.body, self.event, self.error) if kind}
+
+
+_NAMED_EVENTS = "With stream: events, whose names are their data's type."
+_ANTHROPIC: dict[str, Any] = {
+    "tag": "anthropic",
+    "security": ("anthropic", "bearer"),
+    "error": answers.AnthropicErrorEnvelope,
+}
+
+OPERATIONS = (
+    Operation(
+        "chat_completions",
+        "/chat/completions",
+        "Answer a conversation.",
+        {200: answers.ChatCompletion},
+        body=ChatCompletionRequest,
+        event=answers.ChatCompletionChunk,
+    ),
+    Operation(
+        "completions",
+        "/completions",
+        "Continue texts.",
+        {200: answers.TextCompletion},
+        body=CompletionRequest,
+        event=answers.TextCompletion,
+    ),
+    Operation(
+        "responses",
+        "/responses",
+        "Answer a conversation, in the form of OpenAI's responses; nothing is kept.",
+        {200: answers.ResponseObject},
+        body=ResponsesRequest,
+        event=answers.ResponseEvent,
+        stream=_NAMED_EVENTS,
+    ),
+    Operation(
+        "messages",
+        "/messages",
+        "Answer a conversation, in the form of Anthropic's messages.",
+        {200: answers.MessageAnswer},
+        body=MessagesRequest,
+        event=answers.MessageEvent,
+        stream=_NAMED_EVENTS,
+        **_ANTHROPIC,
+    ),
+    Operation(
+        "count_tokens",
+        "/messages/count_tokens",
+        "Count the tokens of a conversation, in the form of Anthropic's messages.",
+        {200: answers.InputTokens},
+        body=CountTokensRequest,
+        **_ANTHROPIC,
+    ),
+    Operation(
+        "models",
+        "/models",
+        "List the models.",
+        {200: answers.ModelList},
+        (401, 500),
+        ("GET",),
+    ),
+    Operation(
+        "model",
+        "/models/{model_id}",
+        "Describe a model.",
+        {200: answers.Model},
+        (401, 404, 500),
+        ("GET",),
+        parameters={"model_id": {"type": "string", "minLength": 1, "maxLength": 256}},
+    ),
+    Operation(
+        "embeddings",
+        "/embeddings",
+        "Not implemented: this server generates text.",
+        {},
+        (401, 500, 501),
+    ),
+    Operation(
+        "tokenize",
+        "/tokenize",
+        "The token ids of a text or of a conversation.",
+        {200: answers.Tokens},
+        tag="tokens",
+        body=TokenizeRequest,
+    ),
+    Operation(
+        "detokenize",
+        "/detokenize",
+        "The text of token ids.",
+        {200: answers.Text},
+        tag="tokens",
+        body=DetokenizeRequest,
+    ),
+)
+
+
+WITHOUT_PREFIX = (
+    Operation(
+        "live",
+        "/health/live",
+        "Whether the process answers.",
+        {200: answers.Health},
+        (500,),
+        ("GET", "HEAD"),
+        "health",
+        security=(),
+    ),
+    Operation(
+        "ready",
+        "/health/ready",
+        "Whether a request would be served.",
+        {200: answers.Health, 503: answers.Health},
+        (500,),
+        ("GET", "HEAD"),
+        "health",
+        security=(),
+    ),
+    Operation(
+        "openapi",
+        "/openapi.json",
+        "This document.",
+        {200: answers.ApiDescription},
+        (401, 500),
+        ("GET",),
+        "openapi",
+    ),
+)
