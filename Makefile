@@ -4,11 +4,13 @@
 #   make serve MODEL=path PORT=9000 ARGS="--threads 2"
 #   make test                        all tests
 #   make test-native                 the native kernels under AddressSanitizer and UBSan
+#   make test-clients                other people's clients, each in an environment of its own
 #   make lint                        ruff and mypy
 #   make bench                       decode speed over HTTP with 1 and 16 streams, and memory
 #   make bench-step                  what a decode step costs outside native code
 #   make bench-ops                   every kernel, beside the machine's limits
 #   make bench-start                 seconds from a clone to the first token
+#   make bench-streams               chunks per second, and how late they are on 256 streams
 #   make bench-peers LLAMA_SERVER=path    beside llama.cpp's server, turn by turn
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
@@ -31,7 +33,8 @@ PORT =
 ARGS =
 
 .DELETE_ON_ERROR:
-.PHONY: serve test test-native lint format bench bench-step bench-ops bench-start bench-peers clean help
+.PHONY: serve test test-native test-clients lint format bench bench-step bench-ops bench-start bench-streams \
+	bench-peers clean help
 
 serve: $(VENV)/installed
 	@$(BIN)/toptwo serve $(if $(MODEL),"$(MODEL)") $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -48,6 +51,9 @@ test-native: $(VENV)/installed-native
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		$(BIN)/python -m pytest --native build/sanitize/_native*.so $(SANITIZED) $(ARGS)
+
+test-clients: $(VENV)/installed-dev
+	$(BIN)/python tests/clients/run.py $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -70,6 +76,9 @@ bench-ops: $(VENV)/installed-dev
 bench-start:
 	$(PYTHON) tests/bench/first_token.py
 
+bench-streams: $(VENV)/installed-dev
+	$(BIN)/python tests/bench/streams.py $(ARGS)
+
 bench-peers: $(VENV)/installed-dev
 	@test -n "$(LLAMA_SERVER)" || { echo "bench-peers needs llama.cpp's server: make bench-peers LLAMA_SERVER=path/to/llama-server" >&2; exit 1; }
 	$(BIN)/python tests/bench/peers.py --llama-server "$(LLAMA_SERVER)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -78,7 +87,7 @@ clean:
 	rm -rf $(VENV) build
 
 help:
-	@sed -n '3,13s/^#  *//p' Makefile
+	@sed -n '3,15s/^#  *//p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

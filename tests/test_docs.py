@@ -79,6 +79,15 @@ def test_links_and_files_exist(path: Path) -> None:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests" / "clients").glob("*/snippet.*")), ids=lambda p: p.parent.name
+)
+def test_every_client_has_its_snippet(path: Path) -> None:
+    """What the README shows is what `make test-clients` runs."""
+    if path.parent.name != "schemathesis":  # a tester of servers, not a client
+        assert path.read_text().rstrip() in README
+
+
 def test_the_tour_visits_files_that_exist() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
     names = set(re.findall(r"`((?:\w+/)*\w+\.py)`", text)) - {"tests"}
