@@ -14,6 +14,7 @@ from toptwo.api.embeddings import embeddings_router
 from toptwo.api.handlers import RequestEnvelope, install_error_handlers
 from toptwo.api.health import Lifecycle, health_router
 from toptwo.api.openai import OpenAIEndpoints, openai_router
+from toptwo.api.openapi import openapi_router
 from toptwo.api.responses import responses_router
 from toptwo.api.security import Authenticator, KeyRing
 from toptwo.api.service import Service
@@ -57,6 +58,7 @@ def create_app(
     for prefix in OPENAI_PREFIXES:
         for router in routers:
             app.include_router(router, prefix=prefix)
+    app.include_router(openapi_router(OPENAI_PREFIXES, model.name, authenticate))
     app.include_router(health_router(engine, lifecycle))
     install_error_handlers(app, authenticate)
     app.add_middleware(RequestEnvelope)
