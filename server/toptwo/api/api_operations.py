@@ -6,12 +6,12 @@ Knows schemas and status codes; must not know how the table is written down or h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
-from toptwo.api import response_schemas as answers
+from toptwo.api import response_schemas as shapes
 from toptwo.api.anthropic_schema import CountTokensRequest, MessagesRequest
 from toptwo.api.responses_schema import ResponsesRequest
 from toptwo.api.schemas import ChatCompletionRequest
@@ -36,9 +36,10 @@ class Operation:
     """One path and what its methods do.
 
     name: unique. path: behind the prefix. answers: what comes with a status that is no error.
-    event: the data of a stream's events, where the answer can be streamed; stream: about them.
-    parameters: parts of the path, and their schemas. security: names of the schemes of which one is
-    needed; None stands for the document's. error: the form of errors.
+    event: the data of a stream's events, where the answer can be streamed.
+    has_named_events: whether their names are their data's type; if not, the stream ends with [DONE].
+    security: names of the schemes of which one is needed; None stands for the document's.
+    error: the form of errors.
     """
 
     name: str
@@ -50,10 +51,9 @@ class Operation:
     tag: str = "openai"
     body: type[BaseModel] | None = None
     event: type[BaseModel] | None = None
-    stream: str = "With stream: events, whose data is JSON, and behind them the data [DONE]."
-    parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    has_named_events: bool = False
     security: tuple[str, ...] | None = None
-    error: type[BaseModel] = answers.ErrorEnvelope
+    error: type[BaseModel] = shapes.ErrorEnvelope
 
     @property
     def schemas(self) -> set[type[BaseModel]]:
@@ -61,11 +61,10 @@ class Operation:
         return {kind for kind in (*self.answers.values(), self.body, self.event, self.error) if kind}
 
 
-_NAMED_EVENTS = "With stream: events, whose names are their data's type."
 _ANTHROPIC: dict[str, Any] = {
     "tag": "anthropic",
-    "security": ("anthropic", "bearer"),
-    "error": answers.AnthropicErrorEnvelope,
+    "security": ("bearer", "anthropic"),
+    "error": shapes.AnthropicErrorEnvelope,
 }
 
 OPERATIONS = (
@@ -73,42 +72,42 @@ OPERATIONS = (
         "chat_completions",
         "/chat/completions",
         "Answer a conversation.",
-        {200: answers.ChatCompletion},
+        {200: shapes.ChatCompletion},
         body=ChatCompletionRequest,
-        event=answers.ChatCompletionChunk,
+        event=shapes.ChatCompletionChunk,
     ),
     Operation(
         "completions",
         "/completions",
         "Continue texts.",
-        {200: answers.TextCompletion},
+        {200: shapes.TextCompletion},
         body=CompletionRequest,
-        event=answers.TextCompletion,
+        event=shapes.TextCompletion,
     ),
     Operation(
         "responses",
         "/responses",
         "Answer a conversation, in the form of OpenAI's responses; nothing is kept.",
-        {200: answers.ResponseObject},
+        {200: shapes.ResponseObject},
         body=ResponsesRequest,
-        event=answers.ResponseEvent,
-        stream=_NAMED_EVENTS,
+        event=shapes.ResponseEvent,
+        has_named_events=True,
     ),
     Operation(
         "messages",
         "/messages",
         "Answer a conversation, in the form of Anthropic's messages.",
-        {200: answers.MessageAnswer},
+        {200: shapes.MessageAnswer},
         body=MessagesRequest,
-        event=answers.MessageEvent,
-        stream=_NAMED_EVENTS,
+        event=shapes.MessageEvent,
+        has_named_events=True,
         **_ANTHROPIC,
     ),
     Operation(
         "count_tokens",
         "/messages/count_tokens",
         "Count the tokens of a conversation, in the form of Anthropic's messages.",
-        {200: answers.InputTokens},
+        {200: shapes.InputTokens},
         body=CountTokensRequest,
         **_ANTHROPIC,
     ),
@@ -116,7 +115,7 @@ OPERATIONS = (
         "models",
         "/models",
         "List the models.",
-        {200: answers.ModelList},
+        {200: shapes.ModelList},
         (401, 500),
         ("GET",),
     ),
@@ -124,10 +123,9 @@ OPERATIONS = (
         "model",
         "/models/{model_id}",
         "Describe a model.",
-        {200: answers.Model},
+        {200: shapes.Model},
         (401, 404, 500),
         ("GET",),
-        parameters={"model_id": {"type": "string", "minLength": 1, "maxLength": 256}},
     ),
     Operation(
         "embeddings",
@@ -140,7 +138,7 @@ OPERATIONS = (
         "tokenize",
         "/tokenize",
         "The token ids of a text or of a conversation.",
-        {200: answers.Tokens},
+        {200: shapes.Tokens},
         tag="tokens",
         body=TokenizeRequest,
     ),
@@ -148,7 +146,7 @@ OPERATIONS = (
         "detokenize",
         "/detokenize",
         "The text of token ids.",
-        {200: answers.Text},
+        {200: shapes.Text},
         tag="tokens",
         body=DetokenizeRequest,
     ),
@@ -160,7 +158,7 @@ WITHOUT_PREFIX = (
         "live",
         "/health/live",
         "Whether the process answers.",
-        {200: answers.Health},
+        {200: shapes.Health},
         (500,),
         ("GET", "HEAD"),
         "health",
@@ -170,7 +168,7 @@ WITHOUT_PREFIX = (
         "ready",
         "/health/ready",
         "Whether a request would be served.",
-        {200: answers.Health, 503: answers.Health},
+        {200: shapes.Health, 503: shapes.Health},
         (500,),
         ("GET", "HEAD"),
         "health",
@@ -180,7 +178,7 @@ WITHOUT_PREFIX = (
         "openapi",
         "/openapi.json",
         "This document.",
-        {200: answers.ApiDescription},
+        {200: shapes.ApiDescription},
         (401, 500),
         ("GET",),
         "openapi",

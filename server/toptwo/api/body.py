@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
 
 from toptwo.errors import ApiError
 
@@ -47,7 +48,7 @@ async def run_while_connected(request: Request, work: Coroutine[Any, Any, Result
     Raises ClientDisconnect when the client left, and whatever `work` raises.
     """
     working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnect(request))
+    watching = asyncio.ensure_future(wait_for_disconnect(request.receive))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -59,8 +60,9 @@ async def run_while_connected(request: Request, work: Coroutine[Any, Any, Result
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has left. Call it when the body has been read."""
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 

@@ -40,10 +40,9 @@ def engine_failed(sentence: str | None) -> ApiError:
 class EventFeed:
     """The engine's events of one request, read by a task of its own.
 
-    The task keeps cancellation apart: a response is cancelled through a scope that strikes at every
-    await, even in the engine generator's own clean-up, which has an abort to send. The task's
-    generator is cancelled once and then cleans up in peace. It also lets events that come together
-    be joined.
+    Events that come while the last one is still being written are joined. And cancellation is kept apart:
+    whoever waits may be cancelled at any await, while the task's generator is cancelled once and then
+    cleans up in peace: it has an abort to send.
     """
 
     def __init__(self, engine: Engine, request: GenerateRequest) -> None:

@@ -63,21 +63,15 @@ class Delta:
     stop: str | None = None
 
 
-async def generate(engine: Engine, model: ServedModel, job: GenerationJob) -> AsyncGenerator[Delta, None]:
+def generate(engine: Engine, model: ServedModel, job: GenerationJob) -> AsyncGenerator[Delta, None]:
     """The answer in pieces, all choices mixed; tokens that are waiting together come as one delta.
 
-    Raises ApiError: 503 when no engine is ready, 500 when it fails.
+    Raises ApiError at an iteration: 503 when no engine is ready, 500 when it fails.
     """
     if len(job.requests) == 1:
-        async with aclosing(_choice(engine, model, job, 0)) as deltas:
-            async for delta in deltas:
-                yield delta
-        return
+        return _choice(engine, model, job, 0)
     begun = asyncio.Event()
-    choices = [_later_choice(engine, model, job, index, begun) for index in range(len(job.requests))]
-    async with aclosing(merge(choices)) as deltas:
-        async for delta in deltas:
-            yield delta
+    return merge([_later_choice(engine, model, job, at, begun) for at in range(len(job.requests))])
 
 
 def add_up(usages: list[Usage]) -> Usage:

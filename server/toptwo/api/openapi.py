@@ -19,8 +19,7 @@ from starlette.responses import Response
 
 from toptwo import __version__
 from toptwo.api.anthropic import KEY_HEADER
-from toptwo.api.api_operations import ERRORS, WITHOUT_PREFIX, OPERATIONS, Operation
-from toptwo.api.response_schemas import ErrorEnvelope
+from toptwo.api.api_operations import ERRORS, OPERATIONS, WITHOUT_PREFIX, Operation
 from toptwo.api.security import Authenticator
 from toptwo.api.service import IGNORED_HEADER
 from toptwo.api.strict import StrictModel
@@ -28,6 +27,8 @@ from toptwo.api.strict import StrictModel
 Json = dict[str, Any]
 
 _SCHEMAS = "#/components/schemas/"
+_NAMED_EVENTS = "One event of a stream; its name is its data's type."
+_DATA_EVENTS = "One event of a stream. Behind the last one comes the data [DONE], which is no JSON."
 _HEADERS = {
     "x-request-id": "Names the request; the caller's own, when it sends a sane one.",
     "openai-processing-ms": "Milliseconds until the answer began.",
@@ -37,10 +38,10 @@ _HEADERS = {
 }
 
 
-def openapi_document(prefixes: Sequence[str]) -> Json:
+def openapi_document(prefixes: Sequence[str], model_name: str) -> Json:
     """The OpenAPI 3.1 document of a server whose routes are mounted under all of the prefixes.
 
-    What is the same under every prefix is described once.
+    What is the same under every prefix is described once. model_name: of the model that is served.
     """
     paths: Json = {
         prefix + operation.path: {"$ref": f"#/components/pathItems/{operation.name}"}
@@ -60,7 +61,8 @@ def openapi_document(prefixes: Sequence[str]) -> Json:
         "paths": paths,
         "components": {
             "pathItems": {operation.name: _path_item(operation) for operation in OPERATIONS},
-            "schemas": _schemas(),
+            "schemas": _schemas(model_name),
+            "parameters": {"model_id": _model_parameter(model_name)},
             "responses": _error_responses(),
             "headers": {
                 name: {"description": sentence, "schema": {"type": "string"}}
@@ -74,13 +76,13 @@ def openapi_document(prefixes: Sequence[str]) -> Json:
     }
 
 
-def openapi_router(prefixes: Sequence[str], authenticate: Authenticator) -> APIRouter:
+def openapi_router(prefixes: Sequence[str], model_name: str, authenticate: Authenticator) -> APIRouter:
     """GET /openapi.json, for callers with a key: it names every route."""
     router = APIRouter(dependencies=[Depends(authenticate)], tags=["openapi"])
 
     @cache
     def document() -> bytes:
-        return orjson.dumps(openapi_document(prefixes))
+        return orjson.dumps(openapi_document(prefixes, model_name))
 
     @router.get("/openapi.json")
     async def describe() -> Response:
@@ -121,17 +123,25 @@ class _Generator(GenerateJsonSchema):
         return described
 
 
-def _schemas() -> Json:
-    kinds = {kind for operation in (*OPERATIONS, *WITHOUT_PREFIX) for kind in operation.schemas} | {
-        ErrorEnvelope
-    }
+def _schemas(model_name: str) -> Json:
+    kinds = {kind for operation in (*OPERATIONS, *WITHOUT_PREFIX) for kind in operation.schemas}
     adapters = [(kind.__name__, "validation", TypeAdapter(kind)) for kind in sorted(kinds, key=_name)]
     _, described = TypeAdapter.json_schemas(
         adapters,  # type: ignore[arg-type]
         ref_template=_SCHEMAS + "{model}",
         schema_generator=_Generator,
     )
-    return dict(described["$defs"])
+    schemas: Json = described["$defs"]
+    for kind in {operation.body for operation in OPERATIONS if operation.body}:
+        named = schemas[kind.__name__]
+        # null stands for the only model there is.
+        names = [model_name] if "model" in named.get("required", ()) else [model_name, None]
+        named["properties"]["model"] = {"enum": names}
+    return schemas
+
+
+def _model_parameter(model_name: str) -> Json:
+    return {"name": "model_id", "in": "path", "required": True, "schema": {"enum": [model_name]}}
 
 
 def _name(kind: type[BaseModel]) -> str:
@@ -139,14 +149,10 @@ def _name(kind: type[BaseModel]) -> str:
 
 
 def _path_item(operation: Operation) -> Json:
-    described = {method.lower(): _operation(operation, method) for method in operation.methods}
-    if not operation.parameters:
-        return described
-    parameters = [
-        {"name": name, "in": "path", "required": True, "schema": schema}
-        for name, schema in operation.parameters.items()
-    ]
-    return {**described, "parameters": parameters}
+    described: Json = {method.lower(): _operation(operation, method) for method in operation.methods}
+    if "{model_id}" in operation.path:
+        described["parameters"] = [{"$ref": "#/components/parameters/model_id"}]
+    return described
 
 
 def _operation(operation: Operation, method: str) -> Json:
@@ -174,16 +180,23 @@ def _operation(operation: Operation, method: str) -> Json:
 def _content(operation: Operation, kind: type[BaseModel]) -> Json:
     content: Json = {"application/json": {"schema": _reference(kind)}}
     if operation.event is not None:
-        data = {"anyOf": [_reference(operation.event), _reference(operation.error)]}
-        content["text/event-stream"] = {
-            "schema": {
-                "type": "string",
-                "description": operation.stream,
-                "contentMediaType": "text/event-stream",
-                "contentSchema": data,
-            }
-        }
+        content["text/event-stream"] = {"schema": _event(operation, operation.event)}
     return content
+
+
+def _event(operation: Operation, kind: type[BaseModel]) -> Json:
+    """One event of a stream, in the way of OpenAPI 3.2; earlier ones have no words for streams."""
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(kind), _reference(operation.error)]},
+    }
+    return {
+        "type": "object",
+        "description": _NAMED_EVENTS if operation.has_named_events else _DATA_EVENTS,
+        "properties": {"data": data, "event": {"type": "string"}},
+        "required": ["data", "event"] if operation.has_named_events else ["data"],
+    }
 
 
 def _error_responses() -> Json:

@@ -9,54 +9,92 @@ is reported in the stream, as an error event and [DONE].
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from typing import Protocol
 
 import orjson
 import structlog
-from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import AppStatus, SendTimeoutError
-from starlette.types import Receive, Scope, Send
+from starlette.responses import StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
 
+from toptwo.api.body import wait_for_disconnect
 from toptwo.api.generation import Delta
 from toptwo.errors import ApiError, internal_error
 
 log = structlog.get_logger()
 
 PING_SECONDS = 15.0
-SEND_SECONDS = 60.0  # a client that reads nothing for so long is given up
+SEND_SECONDS = 60.0  # a client that reads nothing for so long is given up, at the next ping
 DONE = b"data: [DONE]\n\n"
-
-# By default the library cuts every live stream when the server is told to stop. Ours end by
-# themselves, within the drain time that the server grants.
-AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
+# A comment: clients try to parse the data of any event.
+KEEP_ALIVE = b": keep-alive\n\n"
 
 
-class EventStream(EventSourceResponse):
-    """A response that sends ready-made events, with comments while there is nothing to send."""
+class EventStream(StreamingResponse):
+    """A response that sends ready-made events, with comments in between for whoever cuts silent lines.
+
+    Per event it does no more than send it; what needs a clock is done at the pings.
+    """
 
     def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
-        super().__init__(
-            events,
-            headers=headers,
-            media_type="text/event-stream",
-            ping=PING_SECONDS,
-            # Keep-alives must be comments: clients try to parse the data of any event.
-            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
-            sep="\n",
-            send_timeout=SEND_SECONDS,
-        )
+        # Proxies must not keep events back, nor anybody the whole stream.
+        as_it_comes = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(events, headers={**headers, **as_it_comes}, media_type="text/event-stream")
         self._events = events
+        self._blocked_since: float | None = None  # when the send began that has not ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; however it ends, the events' generator is closed."""
+        sending = asyncio.create_task(self._send_all(send), name="event stream")
+        leaving = asyncio.create_task(wait_for_disconnect(receive), name="end of the event stream's client")
         try:
-            await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            log.warning("client stopped reading its stream; the connection is given up")
+            while not await _any_done(sending, leaving):
+                if not await self._ping(send):
+                    log.warning("client stopped reading its stream; the connection is given up")
+                    return
+            if sending.done():
+                sending.result()
         finally:
-            await self._events.aclose()
+            sending.cancel()
+            leaving.cancel()
+            await asyncio.gather(sending, leaving, return_exceptions=True)
+
+    async def _send_all(self, send: Send) -> None:
+        start: Message = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        async with aclosing(self._events):
+            await self._send(send, start)
+            async for event in self._events:
+                await self._send(send, _body(event))
+        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, message: Message) -> None:
+        self._blocked_since = asyncio.get_running_loop().time()
+        await send(message)
+        self._blocked_since = None
+
+    async def _ping(self, send: Send) -> bool:
+        """Send a comment, unless something else waits to be sent. False when the client reads neither."""
+        if self._blocked_since is not None:
+            return asyncio.get_running_loop().time() - self._blocked_since < SEND_SECONDS
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(_body(KEEP_ALIVE))
+        except TimeoutError:
+            return False
+        return True
+
+
+async def _any_done(*tasks: asyncio.Task[None]) -> bool:
+    """Wait for one of the tasks, no longer than to the next ping."""
+    seconds = min(PING_SECONDS, SEND_SECONDS)
+    done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    return bool(done)
+
+
+def _body(data: bytes) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": True}
 
 
 class StreamWriter(Protocol):

@@ -34,6 +34,9 @@ def report_tokens(
 ) -> tuple[TokenReport, ...]:
     """The reports on the tokens, of which the engine sent one each."""
 
+    if not logprobs:
+        return ()
+
     def likelihood(token_id: int, logprob: float) -> Likelihood:
         # JSON has no infinity; a token that was impossible is as good as this.
         return Likelihood(

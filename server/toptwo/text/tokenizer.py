@@ -57,6 +57,7 @@ class Tokenizer:
         special = {i: t.content for i, t in vocabulary.get_added_tokens_decoder().items() if t.special}
         self.special_ids = frozenset(special)
         self.special_tokens = tuple(sorted(special.values()))
+        self._ids_with_text = frozenset(vocabulary.get_vocab().values()) - self.special_ids
         decoder = json.loads(vocabulary.decoder.__getstate__()) if vocabulary.decoder else {}
         kinds = [decoder, *decoder.get("decoders", [])]
         self._is_byte_level = any(kind.get("type") == "ByteLevel" for kind in kinds)
@@ -108,7 +109,7 @@ class Tokenizer:
 
     def has_text(self, token_id: int) -> bool:
         """Whether readers see the token: not a control token, and in the vocabulary (models pad theirs)."""
-        return token_id not in self.special_ids and self._vocabulary.id_to_token(token_id) is not None
+        return token_id in self._ids_with_text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, that of control tokens included."""
