@@ -25,4 +25,5 @@ async def _create_embeddings(request: Request) -> None:
         status=501,
         kind="not_implemented_error",
         code="unsupported_endpoint",
+        headers={"x-should-retry": "false"},  # or clients would try again, as they do for every 5xx
     )
