@@ -1,4 +1,7 @@
-"""The README's snippets, run as they stand against a server; only address and key are put in place."""
+"""The README's own snippets, run as they stand against a server; only address and key are put in place.
+
+Those of other clients are run by `make test-clients`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def snippets(language: str, containing: str) -> list[str]:
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    own = README.partition("### Other clients")[0]
+    blocks = re.findall(rf"```{language}\n(.*?)```", own, re.S)
     found = [block for block in blocks if containing in block]
     assert found
     return found
