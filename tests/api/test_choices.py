@@ -72,6 +72,8 @@ async def test_choices_mix_in_a_stream_and_open_in_order(http: httpx2.AsyncClien
     *chunks, last = chunks
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == many.num_tokens  # type: ignore[index]
+    cached = last["usage"]["prompt_tokens_details"]  # type: ignore[index]
+    assert cached == {"cached_tokens": 0}, "what the first choice found, though it ends last"
     choices = [chunk["choices"][0] for chunk in chunks]  # type: ignore[index]
     assert [c["index"] for c in choices[:3]] == [0, 1, 2]
     assert [c["delta"].get("role") for c in choices].count("assistant") == 3

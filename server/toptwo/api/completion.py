@@ -146,7 +146,7 @@ class ChunkWriter:
 
     def __init__(self, head: CompletionHead, *, num_choices: int, include_usage: bool) -> None:
         self._include_usage = include_usage
-        self._usages: list[Usage] = []
+        self._usages: dict[int, Usage] = {}  # by choice
         self._num_choices = num_choices
         self._head = orjson.dumps(head.fields("chat.completion.chunk"))[:-1]
         self._tail = b'],"usage":null}' if include_usage else b"]}"
@@ -172,10 +172,11 @@ class ChunkWriter:
         if delta.finish_reason is not None:
             yield self._chunk(delta.index, {}, finish_reason=delta.finish_reason)
         if delta.usage is not None:
-            self._usages.append(delta.usage)
+            self._usages[delta.index] = delta.usage
             if self._include_usage and len(self._usages) == self._num_choices:
                 # None may follow, or clients lose the counts.
-                usage = orjson.dumps(usage_fields(add_up(self._usages)))
+                usages = [self._usages[index] for index in range(self._num_choices)]
+                usage = orjson.dumps(usage_fields(add_up(usages)))
                 yield self._head + b',"choices":[],"usage":' + usage + b"}"
 
     def _delta_of(self, piece: Piece) -> Mapping[str, object]:
