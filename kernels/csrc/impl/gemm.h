@@ -48,7 +48,7 @@ static inline void int8_tile(const Matrix& w, const uint8_t* block, const Inputs
     I8 dot[NT][NB];
     for (int t = 0; t < NT; ++t)
       for (int b = 0; b < NB; ++b) dot[t][b] = i8_zero();
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
     for (int j = 0; j < 16; ++j) {
       I8 weights[NB];
       for (int b = 0; b < NB; ++b) weights[b] = i8_load_s16(base + b * stride + 16 + 16 * j);
@@ -77,7 +77,7 @@ static inline void int4_tile(const Matrix& w, const uint8_t* block, const Inputs
     for (int b = 0; b < NB; ++b) base[b] = block + b / 2 * stride + g * kInt4Group;
     for (int t = 0; t < NT; ++t)
       for (int b = 0; b < NB; ++b) dot[t][b] = i8_zero();
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
     for (int j = 0; j < 8; ++j) {
       I8 weights[NB];
       for (int b = 0; b < NB; ++b) {

@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
+// Loops that keep sums in registers are unrolled whole: the compiler copies the sums in every round otherwise.
+constexpr int kUnroll = 16;
+
 using F8 = __m256;
 using I8 = __m256i;
 

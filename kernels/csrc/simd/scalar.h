@@ -10,6 +10,8 @@
 
 #include "../half.h"
 
+constexpr int kUnroll = 1;  // there are no registers to keep anything in, and a minute of compiling to save
+
 struct F8 {
   float a[8];
 };
