@@ -12,7 +12,7 @@
 //
 // G = ceil(I / 32) groups of 32 inputs; rows and inputs that do not exist are zero. A weight is
 // q * scale in int8 and (16 q - zero) * scale / 16 in int4. All that a group needs lies in one place:
-// memory that is read front to back comes in half as fast again as from a plane for each part.
+// memory is read front to back, and prefetchers need not follow a plane for each part of each block.
 //
 // Activations that meet int8 weights are rounded to 13 bits, which costs nothing on processors that multiply
 // 16-bit numbers as fast as bytes, and makes the weights the only source of error: G x 32 int16, G f32
