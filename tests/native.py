@@ -12,7 +12,16 @@ from torch import Tensor
 
 from toptwo_kernels import cpu
 from toptwo_kernels.cpu.linear import unpack
-from toptwo_kernels.ops import HeadShape, Matrix, Rope, Routing, StepBatch, WeightFormat
+from toptwo_kernels.ops import (
+    AttentionSpec,
+    HeadShape,
+    LatentSpec,
+    Matrix,
+    Rope,
+    Routing,
+    StepBatch,
+    WeightFormat,
+)
 
 torch.set_num_threads(1)  # a second pool of threads would fight the one under test
 
@@ -39,6 +48,18 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def rope_tables(length: int, dim: int, theta: float = 10_000.0) -> Rope:
+    """cos and sin of position * theta^(-2i/dim)."""
+    inverse = theta ** -(torch.arange(0, dim, 2).double() / dim)
+    angles = torch.outer(torch.arange(length).double(), inverse)
+    return Rope(angles.cos().float(), angles.sin().float())
+
+
+def heads_spec(shape: HeadShape, sharpness: float = 1.0, **features: Any) -> AttentionSpec:
+    """The usual scale, times `sharpness`; features: what else an AttentionSpec has."""
+    return AttentionSpec(shape, sharpness * shape.head_dim**-0.5, **features)
+
+
 def dense(ops: Any, matrix: Matrix) -> Tensor:
     """The float64 weight [E, O, I] that a packed one stands for."""
     return unpack(ops.tape, matrix).double()
@@ -54,36 +75,41 @@ def random_routing(num_tokens: int, experts: list[int], top_k: int, seed: int = 
 
 @dataclass
 class CachedSequence:
-    """The q, k and v [L, (N + 2M) D] of a sequence, and which blocks of the cache are its own."""
+    """What attention is given of a sequence, and which blocks of the cache are its own."""
 
-    qkv_LX: Tensor
+    inputs_LX: Tensor
     blocks: list[int]
     num_done: int = 0
     outputs: list[Tensor] = field(default_factory=list)
 
 
 class PagedAttention:
-    """Sequences that attend step by step over one paged cache of scattered blocks, full of NaN at first."""
+    """Sequences that attend step by step over one paged cache of scattered blocks, full of NaN at first.
+
+    A row of the inputs is q, k and v [(N + 2M) D], or q and the latent vector with its key [(N + 1) (C + R)].
+    """
 
     def __init__(
         self,
         ops: Any,
-        shape: HeadShape,
+        spec: AttentionSpec | LatentSpec,
         lengths: list[int],
         rope: Rope,
         *,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
-        sharpness: float = 1.0,
     ) -> None:
-        self.ops, self.shape, self.rope = ops, shape, rope
-        self.scale = sharpness * shape.head_dim**-0.5
+        self.ops, self.spec, self.rope = ops, spec, rope
+        shape = spec.shape
         counts = [-(-length // BLOCK) for length in lengths]
         order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed)).tolist()
         self.kv = ops.allocate_kv(sum(counts), BLOCK, shape, dtype)
         for part in self.kv:
             part.fill_(torch.nan)
-        width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        if isinstance(shape, HeadShape):
+            width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        else:
+            width = (shape.num_heads + 1) * shape.kv_size
         self.sequences = []
         for index, (length, count) in enumerate(zip(lengths, counts, strict=True)):
             self.sequences.append(CachedSequence(normal(length, width, seed=seed + index), order[:count]))
@@ -94,14 +120,22 @@ class PagedAttention:
         batch, parts = self._batch(rows), []
         for index, count in rows:
             sequence = self.sequences[index]
-            parts.append(sequence.qkv_LX[sequence.num_done : sequence.num_done + count])
+            parts.append(sequence.inputs_LX[sequence.num_done : sequence.num_done + count])
             sequence.num_done += count
-        qkv = torch.cat(parts)  # a copy, as it may be overwritten
-        plan = self.ops.plan_step(batch)
-        out = self.ops.attention(qkv, self.rope, self.kv, plan, self.shape, self.scale)
+        out = self._attend(torch.cat(parts), self.ops.plan_step(batch))  # a copy, as it may be overwritten
         for (index, count), part in zip(rows, out.split([count for _, count in rows]), strict=True):
             self.sequences[index].outputs.append(part)
             assert len(part) == count
+
+    def _attend(self, inputs: Tensor, plan: object) -> Tensor:
+        spec = self.spec
+        if isinstance(spec, AttentionSpec):
+            attended: Tensor = self.ops.attention(inputs, self.rope, self.kv, plan, spec)
+            return attended
+        q, latents = inputs.split((spec.shape.num_heads * spec.shape.kv_size, spec.shape.kv_size), 1)
+        given = q.contiguous(), latents.contiguous(), self.rope, self.kv, plan, spec
+        latent: Tensor = self.ops.latent_attention(*given)
+        return latent
 
     def result(self, index: int = 0) -> Tensor:
         return torch.cat(self.sequences[index].outputs)
@@ -137,7 +171,7 @@ class PagedAttention:
 
 def chunked(paged: PagedAttention, *sizes: int, index: int = 0) -> Tensor:
     """The output of one sequence in chunks of the given sizes; the last is repeated to the end."""
-    length, done, step = len(paged.sequences[index].qkv_LX), 0, 0
+    length, done, step = len(paged.sequences[index].inputs_LX), 0, 0
     while done < length:
         size = min(sizes[min(step, len(sizes) - 1)], length - done)
         paged.step([(index, size)])

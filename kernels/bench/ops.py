@@ -21,11 +21,24 @@ from rich.progress import track
 from rich.table import Table
 
 from toptwo_kernels.cpu import create
-from toptwo_kernels.ops import QUANTIZED, HeadShape, RouterSpec, StepBatch, rope_tables
+from toptwo_kernels.ops import (
+    QUANTIZED,
+    AttentionSpec,
+    ExpertWeights,
+    HeadShape,
+    KVShape,
+    LatentShape,
+    LatentSpec,
+    Rope,
+    RouterSpec,
+    RouterWeights,
+    StepBatch,
+)
 
 HIDDEN, FFN, EXPERTS, TOP_K, VOCAB = 1024, 3072, 8, 2, 49_152
 HEADS = HeadShape(16, 4, 64)
-CONTEXT = 512
+LATENTS = LatentShape(16, 512, 64)
+CONTEXT, WINDOW = 512, 128
 COLD_BYTES = 256 << 20  # different weights in turn, so that none stays in a cache
 
 
@@ -65,7 +78,10 @@ class Bench:
             yield self.experts(weights)
             if weights != "int4":
                 yield self.linear(weights, "lm_head", VOCAB)
+            yield self.linear_per_head(weights)
         yield self.attention(torch.float16)
+        yield self.attention(torch.float16, WINDOW)
+        yield self.latent_attention(torch.float16)
         yield self.small("rms_norm")
         yield self.small("route")
 
@@ -79,42 +95,78 @@ class Bench:
         operations = 2 * self.tokens * rows * HIDDEN
         return Result(name, weights, self.tokens, self.time(calls), size, operations)
 
+    def linear_per_head(self, weights: str) -> Result:
+        """From a head's query to the latent space."""
+        heads, cols = LATENTS.num_heads, 128
+        dense = torch.randn(heads, LATENTS.latent_dim, cols) / 11
+        matrices = [self.ops.pack(dense, weights)]
+        matrices += [self.ops.pack(dense, weights) for _ in range(COLD_BYTES // matrices[0].data.nbytes)]
+        x = torch.randn(self.tokens, heads * (cols + LATENTS.rope_dim))
+        calls = [lambda plan, m=m: self.ops.linear_per_head(x, m) for m in matrices]
+        operations = 2 * self.tokens * dense.numel()
+        size = matrices[0].data.nbytes
+        return Result("linear_per_head", weights, self.tokens, self.time(calls), size, operations)
+
     def experts(self, weights: str) -> Result:
         gate_up, down = torch.randn(EXPERTS, 2 * FFN, HIDDEN) / 32, torch.randn(EXPERTS, HIDDEN, FFN) / 55
-        pairs = [
-            (self.ops.pack(gate_up, weights, paired=True), self.ops.pack(down, weights))
+        stacks = [
+            ExpertWeights(self.ops.pack(gate_up, weights, paired=True), self.ops.pack(down, weights))
             for _ in range(1 + COLD_BYTES // (gate_up.numel() + down.numel()))
         ]
         x = torch.randn(self.tokens, HIDDEN)
-        router = self.ops.pack(torch.randn(EXPERTS, HIDDEN) / 32, "float32")
+        router = RouterWeights(self.ops.pack(torch.randn(EXPERTS, HIDDEN) / 32, "float32"))
         routing = self.ops.route(x, router, RouterSpec(EXPERTS, TOP_K))
-        calls = [lambda plan, p=p: self.ops.experts(x, routing, *p, "silu") for p in pairs]
+        calls = [lambda plan, s=s: self.ops.experts(x, routing, s) for s in stacks]
         active = len(routing.ids_TK.unique())
-        size = sum(m.data.nbytes for m in pairs[0]) * active // EXPERTS
+        size = (stacks[0].gate_up.data.nbytes + stacks[0].down.data.nbytes) * active // EXPERTS
         operations = 2 * self.tokens * TOP_K * 3 * FFN * HIDDEN
         return Result("experts", weights, self.tokens, self.time(calls), size, operations)
 
-    def attention(self, dtype: torch.dtype) -> Result:
-        rope = rope_tables(CONTEXT + 1, HEADS.head_dim, 10_000.0)
-        blocks = self.tokens * (CONTEXT // 16 + 1)
-        kv = self.ops.allocate_kv(blocks, 16, HEADS, dtype)
-        for cache in kv:
-            cache.zero_()
+    def cache(self, shape: KVShape, dtype: torch.dtype) -> Any:
+        kv = self.ops.allocate_kv(self.tokens * (CONTEXT // 16 + 1), 16, shape, dtype)
+        for part in kv:
+            part.zero_()
+        return kv
+
+    def attention(self, dtype: torch.dtype, window: int | None = None) -> Result:
+        rope, kv = rope_tables(HEADS.head_dim), self.cache(HEADS, dtype)
+        spec = AttentionSpec(HEADS, 0.125, window)
         qkv = torch.randn(self.tokens, (HEADS.num_heads + 2 * HEADS.num_kv_heads) * HEADS.head_dim)
-        call = lambda plan: self.ops.attention(qkv, rope, kv, plan, HEADS, 0.125)  # noqa: E731
-        size = 2 * self.tokens * CONTEXT * HEADS.num_kv_heads * HEADS.head_dim * dtype.itemsize
-        operations = 4 * self.tokens * CONTEXT * HEADS.num_heads * HEADS.head_dim
-        kind = f"KV {str(dtype).removeprefix('torch.')}, context {CONTEXT}"
+        call = lambda plan: self.ops.attention(qkv, rope, kv, plan, spec)  # noqa: E731
+        context = window or CONTEXT
+        size = self.tokens * context * HEADS.kv_size * dtype.itemsize
+        operations = 4 * self.tokens * context * HEADS.num_heads * HEADS.head_dim
+        kind = f"KV {name_of(dtype)}, {'window' if window else 'context'} {context}"
         return Result("attention", kind, self.tokens, self.time([call]), size, operations)
+
+    def latent_attention(self, dtype: torch.dtype) -> Result:
+        rope, kv = rope_tables(LATENTS.rope_dim), self.cache(LATENTS, dtype)
+        spec = LatentSpec(LATENTS, 0.07)
+        q = torch.randn(self.tokens, LATENTS.num_heads * LATENTS.kv_size)
+        latents = torch.randn(self.tokens, LATENTS.kv_size)
+        call = lambda plan: self.ops.latent_attention(q, latents, rope, kv, plan, spec)  # noqa: E731
+        size = self.tokens * CONTEXT * LATENTS.kv_size * dtype.itemsize
+        operations = 2 * self.tokens * CONTEXT * LATENTS.num_heads * (LATENTS.kv_size + LATENTS.latent_dim)
+        kind = f"KV {name_of(dtype)}, context {CONTEXT}"
+        return Result("latent_attention", kind, self.tokens, self.time([call]), size, operations)
 
     def small(self, name: str) -> Result:
         x, weight = torch.randn(self.tokens, HIDDEN), torch.ones(HIDDEN)
-        router = self.ops.pack(torch.randn(EXPERTS, HIDDEN), "float32")
+        router = RouterWeights(self.ops.pack(torch.randn(EXPERTS, HIDDEN), "float32"))
         if name == "rms_norm":
             calls = [lambda plan: self.ops.rms_norm(x, weight, 1e-5)] * 50
         else:
             calls = [lambda plan: self.ops.route(x, router, RouterSpec(EXPERTS, TOP_K)).weights_TK] * 50
         return Result(name, "float32", self.tokens, self.time(calls), x.nbytes, 0)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def rope_tables(dim: int) -> Rope:
+    angles = torch.outer(torch.arange(CONTEXT + 1.0), 10_000.0 ** -(torch.arange(0, dim, 2) / dim))
+    return Rope(angles.cos(), angles.sin())
 
 
 def decode_batch(tokens: int) -> StepBatch:

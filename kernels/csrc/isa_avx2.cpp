@@ -20,7 +20,7 @@ namespace {
 #include "impl/sample.h"
 }  // namespace
 
-extern const Kernels kAvx2 = {"avx2", quantize_row, gemm, rms_norm, layer_norm, rope, scale, add_scaled,
+extern const Kernels kAvx2 = {"avx2", quantize_row, gemm, rms_norm, layer_norm, rope, scale, clip, add_scaled,
                               store_k, store_v, attend, unpack_row, pack, sample};
 
 }  // namespace toptwo

@@ -19,7 +19,7 @@ namespace {
 #include "impl/sample.h"
 }  // namespace
 
-extern const Kernels kScalar = {"scalar", quantize_row, gemm, rms_norm, layer_norm, rope, scale, add_scaled,
+extern const Kernels kScalar = {"scalar", quantize_row, gemm, rms_norm, layer_norm, rope, scale, clip, add_scaled,
                               store_k, store_v, attend, unpack_row, pack, sample};
 
 }  // namespace toptwo

@@ -8,7 +8,8 @@
 
 namespace toptwo {
 
-enum class Epilogue : int { store, swiglu };
+// What becomes of a product. All but `store` take blocks in pairs, gates and ups, and join them: see ops.Activation.
+enum class Epilogue : int { store, silu, gelu_tanh, clamped_swiglu };
 
 // y[t] = W x[t] for the blocks [block_begin, block_end) and `count` tokens.
 //
@@ -24,29 +25,41 @@ struct GemmArgs {
   float* y;
   int64_t y_stride;        // floats
   const int32_t* y_rows;   // row of token t; null: t itself
-  Epilogue epilogue;       // swiglu: even blocks are gates, odd ones ups, y = silu(gate) * up
+  Epilogue epilogue;
+  const float* bias = nullptr;  // [O], or [2F], gates first; null: none
+  float limit = 0.0f;           // of clamped_swiglu
 };
 
 // One query tile over the paged cache of one sequence and one KV head.
 struct AttendArgs {
   const float* q;          // [count, D], already scaled
-  float* out;              // [count, D]
-  const int64_t* limits;   // tokens that each query may see, ascending
+  float* out;              // [count, D']
+  const int64_t* limits;   // tokens up to which each query sees, ascending
   int64_t count;
-  const void *k, *v;       // caches: k [B, M, D, kSlots], v [B, M, kSlots, D]
+  const void *k, *v;       // caches: k [B, M, D, kSlots], v [B, M, kSlots, D']; v null: the first D' dimensions of k
   Format kv_format;
   const int64_t* blocks;   // the sequence's block table
-  int64_t head, num_heads, dim;
-  float* scratch;          // attend_scratch(dim, count) floats
+  int64_t head, num_heads, dim, value_dim;
+  int64_t window;          // how many tokens a query sees at most; 0: all up to its limit
+  float soft_cap;          // 0: none
+  const float* sinks;      // query i has sinks[i % heads]; null: none
+  int64_t heads;
+  float* scratch;          // attend_scratch() floats
 };
 
-constexpr int64_t attend_scratch(int64_t dim, int64_t count) {
-  return 2 * dim * kSlots + count * 2;
+constexpr int64_t attend_scratch(int64_t dim, int64_t value_dim, int64_t count) {
+  return (dim + value_dim) * kSlots + count * 2;
 }
 
+struct NormArgs {
+  const float *weight, *bias;  // bias: of layer_norm alone; null: none
+  float eps;
+  int64_t size;
+};
+
 struct RopeArgs {
-  const float *cos, *sin;  // [D/2] of the token's position
-  int64_t dim;
+  const float *cos, *sin;  // [dim / 2] of the token's position
+  int64_t dim;             // how many dimensions turn, the first ones of a head
 };
 
 struct SampleArgs {
@@ -69,10 +82,11 @@ struct Kernels {
   const char* name;
   void (*quantize_row)(const float* x, int64_t cols, Format weights, uint8_t* row);
   void (*gemm)(const GemmArgs&);
-  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t size, float* y);
-  void (*layer_norm)(const float* x, const float* weight, float eps, int64_t size, float* y);
+  void (*rms_norm)(const float* x, const NormArgs&, float* y);
+  void (*layer_norm)(const float* x, const NormArgs&, float* y);
   void (*rope)(float* x, const RopeArgs&);
   void (*scale)(const float* x, float factor, int64_t size, float* y);
+  void (*clip)(const float* x, float limit, int64_t size, float* y);
   void (*add_scaled)(float* y, const float* x, float factor, int64_t size);
   void (*store_k)(const float* k, int64_t dim, Format, void* cache_head, int64_t slot);
   void (*store_v)(const float* v, int64_t dim, Format, void* cache_head, int64_t slot);

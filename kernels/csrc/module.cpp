@@ -151,38 +151,60 @@ NB_MODULE(_native, m) {
       .def("embed", [](Program& p, int format, int64_t rows, int64_t cols, Address table, Address out) {
         p.add(make_embed(matrix(format, rows, cols, table), at<float>(out)));
       })
-      .def("norm", [](Program& p, bool centered, Address x, Address weight, float eps, int64_t size, Address out,
-                      int extent) {
-        p.add(make_norm(centered, at<float>(x), at<float>(weight), eps, size, at<float>(out), Extent(extent)));
+      .def("norm", [](Program& p, bool centered, Address x, Address weight, Address bias, float eps, int64_t size,
+                      int64_t stride, int64_t first, int64_t count, Address out, int extent) {
+        p.add(make_norm(centered, at<float>(x), {at<float>(weight), at<float>(bias), eps, size},
+                        {stride, first, count}, at<float>(out), Extent(extent)));
       })
       .def("select", [](Program& p, Address x, int64_t size, Address out) {
         p.add(make_select(at<float>(x), size, at<float>(out)));
       })
-      .def("add", [](Program& p, Address x, Address y, int64_t size) {
-        p.add(make_add(at<float>(x), at<float>(y), size));
+      .def("add", [](Program& p, Address x, Address y, int64_t size, int extent) {
+        p.add(make_add(at<float>(x), at<float>(y), size, Extent(extent)));
       })
-      .def("linear", [](Program& p, Address x, int format, int64_t rows, int64_t cols, Address weight,
-                        Address out, int extent) {
-        p.add(make_linear(at<float>(x), matrix(format, rows, cols, weight), at<float>(out), Extent(extent)));
+      .def("scale", [](Program& p, Address x, float factor, int64_t size, int extent) {
+        p.add(make_elementwise(Elementwise::scale, at<float>(x), factor, size, Extent(extent)));
       })
-      .def("attention", [](Program& p, Address qkv, Address cos, Address sin, Address k, Address v, int kv_format,
-                           int64_t num_heads, int64_t num_kv_heads, int64_t dim, float scale, Address out) {
-        p.add(make_attention(at<float>(qkv), at<float>(cos), at<float>(sin), at<void>(k), at<void>(v),
-                             Format(kv_format), {num_heads, num_kv_heads, dim, scale}, at<float>(out)));
+      .def("clamp", [](Program& p, Address x, float limit, int64_t size, int extent) {
+        p.add(make_elementwise(Elementwise::clip, at<float>(x), limit, size, Extent(extent)));
+      })
+      .def("linear", [](Program& p, Address x, int format, int64_t rows, int64_t cols, Address weight, int64_t heads,
+                        int64_t rest, Address bias, Address out, int extent) {
+        p.add(make_linear(at<float>(x), matrix(format, rows, cols, weight), {heads, rest}, at<float>(bias),
+                          at<float>(out), Extent(extent)));
+      })
+      .def("attention", [](Program& p, Address qkv, Address cos, Address sin, int64_t half, Address k, Address v,
+                           int kv_format, int64_t num_heads, int64_t num_kv_heads, int64_t dim, float scale,
+                           int64_t window, float soft_cap, Address sinks, Address out) {
+        p.add(make_attention(at<float>(qkv), {at<float>(cos), at<float>(sin), half},
+                             {at<void>(k), at<void>(v), Format(kv_format)},
+                             {num_heads, num_kv_heads, dim, scale, window, soft_cap, at<float>(sinks)},
+                             at<float>(out)));
+      })
+      .def("latent_attention", [](Program& p, Address q, Address latents, Address cos, Address sin, int64_t half,
+                                  Address kv, int kv_format, int64_t num_heads, int64_t latent_dim, int64_t rope_dim,
+                                  float scale, Address out) {
+        p.add(make_latent_attention(at<float>(q), at<float>(latents), {at<float>(cos), at<float>(sin), half},
+                                    {at<void>(kv), nullptr, Format(kv_format)},
+                                    {num_heads, latent_dim, rope_dim, scale}, at<float>(out)));
       })
       .def("route", [](Program& p, Address x, int64_t cols, Address router, int64_t num_experts, int64_t top_k,
-                       bool sigmoid, bool over_selected, bool renormalize, float scale, Address ids,
-                       Address weights) {
+                       int score, bool over_selected, bool renormalize, float scale, int64_t num_groups,
+                       int64_t top_groups, bool best_two, float jitter, Address logit_bias, Address selection_bias,
+                       Address ids, Address weights) {
         p.add(make_route(at<float>(x), matrix(int(Format::f32), num_experts, cols, router),
-                         {num_experts, top_k, sigmoid, over_selected, renormalize, scale}, at<int64_t>(ids),
-                         at<float>(weights)));
+                         {num_experts, top_k, RouterSpec::Score(score), over_selected, renormalize, scale, num_groups,
+                          top_groups, best_two, jitter, at<float>(logit_bias), at<float>(selection_bias)},
+                         at<int64_t>(ids), at<float>(weights)));
       })
-      .def("experts", [](Program& p, Address x, Address ids, Address weights, int format, int64_t hidden,
-                         int64_t ffn, Address gate_up, Address down, int64_t num_experts, int64_t top_k,
-                         Address out) {
-        p.add(make_experts(at<float>(x), at<int64_t>(ids), at<float>(weights),
-                           matrix(format, 2 * round_up(ffn, kRows), hidden, gate_up),
-                           matrix(format, hidden, ffn, down), num_experts, top_k, at<float>(out)));
+      .def("experts", [](Program& p, Address x, Address ids, Address weights, int64_t top_k, int format,
+                         int64_t hidden, int64_t ffn, Address gate_up, Address down, int64_t num_experts,
+                         int activation, Address gate_up_bias, Address down_bias, float limit, Address out) {
+        p.add(make_experts(at<float>(x), at<int64_t>(ids), at<float>(weights), top_k,
+                           {matrix(format, 2 * round_up(ffn, kRows), hidden, gate_up),
+                            matrix(format, hidden, ffn, down), num_experts, Epilogue(activation),
+                            at<float>(gate_up_bias), at<float>(down_bias), limit},
+                           at<float>(out)));
       })
       // sizes: tokens, rows, selected, table width; the arrays of step.h in order.
       .def("run", [](Program& p, int64_t tokens, int64_t rows, int64_t selected, int64_t table_width, Address ids,

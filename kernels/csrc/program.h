@@ -5,6 +5,7 @@
 // belong to whoever recorded.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -13,12 +14,6 @@
 #include "team.h"
 
 namespace toptwo {
-
-struct RouterSpec {
-  int64_t num_experts, top_k;
-  bool sigmoid, over_selected, renormalize;
-  float scale;
-};
 
 // Which dimension of a step an operation runs over.
 enum class Extent : int { tokens, selected };
@@ -33,6 +28,15 @@ class Instruction {
     float* own;        // this member's alone
 
     int64_t count(Extent e) const { return e == Extent::tokens ? step.num_tokens : step.num_selected; }
+
+    // Call f(i) for every i < count, a few at a time on some member: element-wise work.
+    template <class F>
+    void for_tokens(int64_t count, F&& f) const {
+      constexpr int64_t at_once = 8;
+      member.for_each((count + at_once - 1) / at_once, [&](int64_t chunk) {
+        for (int64_t i = chunk * at_once; i < std::min(count, (chunk + 1) * at_once); ++i) f(i);
+      });
+    }
   };
 
   virtual ~Instruction() = default;
@@ -47,29 +51,82 @@ using InstructionPtr = std::unique_ptr<Instruction>;
 
 InstructionPtr make_embed(Matrix table, float* out);
 
-InstructionPtr make_norm(bool centered, const float* x, const float* weight, float eps, int64_t size, float* out,
-                         Extent extent);
+// `count` slices of a row of `stride` floats, from `first` on, each for itself; out may be x.
+struct Slices {
+  int64_t stride, first, count;
+};
+InstructionPtr make_norm(bool centered, const float* x, NormArgs norm, Slices slices, float* out, Extent extent);
 
 InstructionPtr make_select(const float* x, int64_t size, float* out);
 
 // y += x
-InstructionPtr make_add(const float* x, float* y, int64_t size);
+InstructionPtr make_add(const float* x, float* y, int64_t size, Extent extent);
 
-InstructionPtr make_linear(const float* x, Matrix w, float* out, Extent extent);
+// x *= by, or x cut off at -by and by.
+enum class Elementwise : int { scale, clip };
+InstructionPtr make_elementwise(Elementwise what, float* x, float by, int64_t size, Extent extent);
 
-struct AttentionShape {
+// w is the first of `heads` matrices that lie one after the other. Each is multiplied with its own head of x, whose
+// last `rest` columns are copied behind the product.
+struct HeadSplit {
+  int64_t heads, rest;
+};
+InstructionPtr make_linear(const float* x, Matrix w, HeadSplit split, const float* bias, float* out, Extent extent);
+
+// Angles of every position, [L, half].
+struct RopeTables {
+  const float *cos, *sin;
+  int64_t half;
+  RopeArgs at(int64_t position) const { return {cos + position * half, sin + position * half, 2 * half}; }
+};
+
+// What a layer keeps of its tokens. v is null where values are part of the keys.
+struct Cache {
+  void *k, *v;
+  Format format;
+  int64_t number_bytes() const { return format == Format::f32 ? 4 : 2; }
+};
+
+struct AttentionSpec {
   int64_t num_heads, num_kv_heads, dim;
   float scale;
+  int64_t window;      // 0: none
+  float soft_cap;      // 0: none
+  const float* sinks;  // [N]; null: none
 };
 // qkv is turned in place.
-InstructionPtr make_attention(float* qkv, const float* cos, const float* sin, void* k, void* v, Format kv_format,
-                              AttentionShape shape, float* out);
+InstructionPtr make_attention(float* qkv, RopeTables rope, Cache kv, AttentionSpec spec, float* out);
 
+struct LatentSpec {
+  int64_t num_heads, latent_dim, rope_dim;
+  float scale;
+};
+// q and latents are turned in place.
+InstructionPtr make_latent_attention(float* q, float* latents, RopeTables rope, Cache kv, LatentSpec spec, float* out);
+
+struct RouterSpec {
+  enum class Score : int { softmax, sigmoid, sparsemixer };
+  int64_t num_experts, top_k;
+  Score score;
+  bool over_selected, renormalize;
+  float scale;
+  int64_t num_groups, top_groups;
+  bool best_two;
+  float jitter;
+  const float *logit_bias, *selection_bias;  // [E]; null: none
+};
 InstructionPtr make_route(const float* x, Matrix router, RouterSpec spec, int64_t* ids, float* weights);
 
-// gate_up and down are the first of `num_experts` matrices that lie one after the other.
-InstructionPtr make_experts(const float* x, const int64_t* ids, const float* weights, Matrix gate_up, Matrix down,
-                            int64_t num_experts, int64_t top_k, float* out);
+// gate_up and down are the first of `count` matrices that lie one after the other, as their biases do.
+struct ExpertStack {
+  Matrix gate_up, down;
+  int64_t count;
+  Epilogue activation;
+  const float *gate_up_bias, *down_bias;  // null: none
+  float limit;
+};
+InstructionPtr make_experts(const float* x, const int64_t* ids, const float* weights, int64_t top_k, ExpertStack stack,
+                            float* out);
 
 class Program {
  public:

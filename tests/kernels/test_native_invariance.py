@@ -14,11 +14,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from native import FORMATS, INSTRUCTION_SETS, PagedAttention, backend, chunked, normal, random_routing
+from every_operation import EveryOperation
+from native import (
+    FORMATS,
+    INSTRUCTION_SETS,
+    PagedAttention,
+    backend,
+    chunked,
+    heads_spec,
+    normal,
+    random_routing,
+    rope_tables,
+)
 from schedules import Run, request, run, strangers
 from tiny import write_mixtral
 from toptwo.messages import GenerateRequest
-from toptwo_kernels.ops import HeadShape, RouterSpec, Routing, StepBatch, WeightFormat, rope_tables
+from toptwo_kernels.ops import (
+    Activation,
+    AttentionSpec,
+    ExpertWeights,
+    HeadShape,
+    LatentShape,
+    LatentSpec,
+    RouterSpec,
+    RouterWeights,
+    Routing,
+    StepBatch,
+    WeightFormat,
+)
 
 THREADS = (1, 2, 3)
 ROWS = 32
@@ -56,24 +79,48 @@ def check_rows(isa: str, compute: Compute) -> None:
 @pytest.mark.parametrize("shape", [(203, 100), (8, 31)], ids=str)
 def test_linear(isa: str, weight_format: WeightFormat, shape: tuple[int, int]) -> None:
     matrix = backend(isa).pack(normal(*shape), weight_format)
-    x = normal(ROWS, shape[1])
-    check_rows(isa, lambda ops, rows: ops.linear(x[rows], matrix))
+    x, bias = normal(ROWS, shape[1]), normal(shape[0], seed=1)
+    check_rows(isa, lambda ops, rows: ops.linear(x[rows], matrix, bias))
 
 
 @every_instruction_set
 @every_format
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_experts(isa: str, weight_format: WeightFormat, top_k: int) -> None:
+def test_linear_per_head(isa: str, weight_format: WeightFormat) -> None:
+    matrix = backend(isa).pack(normal(3, 70, 40), weight_format)
+    x = normal(ROWS, 3 * (40 + 5))
+    check_rows(isa, lambda ops, rows: ops.linear_per_head(x[rows], matrix))
+
+
+@every_instruction_set
+@every_format
+@pytest.mark.parametrize(
+    ("top_k", "activation", "biased"),
+    [
+        (1, "silu", False),
+        (4, "silu", False),
+        (2, "silu", True),
+        (2, "gelu_tanh", True),
+        (2, "clamped_swiglu", True),
+    ],
+)
+def test_experts(
+    isa: str, weight_format: WeightFormat, top_k: int, activation: Activation, biased: bool
+) -> None:
     """Wider than one chunk of rows, so that threads share an expert."""
     hidden, ffn = 140, 76
     ops = backend(isa)
-    gate_up = ops.pack(normal(5, 2 * ffn, hidden), weight_format, paired=True)
-    down = ops.pack(normal(5, hidden, ffn), weight_format)
+    weights = ExpertWeights(
+        ops.pack(normal(5, 2 * ffn, hidden), weight_format, paired=True),
+        ops.pack(normal(5, hidden, ffn), weight_format),
+        activation,
+        normal(5, 2 * ffn, seed=1) if biased else None,
+        normal(5, hidden, seed=2) if biased else None,
+    )
     x, routing = normal(ROWS, hidden), random_routing(ROWS, list(range(5)), top_k)
 
     def compute(ops: Any, rows: Tensor) -> Tensor:
         part = Routing(routing.ids_TK[rows], routing.weights_TK[rows])
-        result: Tensor = ops.experts(x[rows], part, gate_up, down, "silu")
+        result: Tensor = ops.experts(x[rows], part, weights)
         return result
 
     check_rows(isa, compute)
@@ -86,11 +133,15 @@ def test_experts(isa: str, weight_format: WeightFormat, top_k: int) -> None:
         RouterSpec(40, 8),
         RouterSpec(5, 2, over_selected=True, renormalize=False),
         RouterSpec(13, 3, score="sigmoid", renormalize=False, scale=2.5),
+        RouterSpec(64, 6, "sigmoid", num_groups=8, top_groups=3, group_score="best_two"),
+        RouterSpec(16, 2, score="sparsemixer", jitter=0.3),
+        RouterSpec(9, 9),
     ],
     ids=str,
 )
 def test_route(isa: str, spec: RouterSpec) -> None:
-    router = backend(isa).pack(normal(spec.num_experts, 50), "float32")
+    biases = normal(2, spec.num_experts, seed=1)
+    router = RouterWeights(backend(isa).pack(normal(spec.num_experts, 50) / 7, "float32"), *biases)
     x = normal(ROWS, 50)
 
     def compute(ops: Any, rows: Tensor) -> Tensor:
@@ -106,6 +157,19 @@ def test_route(isa: str, spec: RouterSpec) -> None:
 def test_norms(isa: str, name: str, size: int) -> None:
     x, weight = normal(ROWS, size), normal(size, seed=1)
     check_rows(isa, lambda ops, rows: getattr(ops, name)(x[rows], weight, 1e-5))
+
+
+@every_instruction_set
+def test_what_is_done_in_place(isa: str) -> None:
+    x, weight, bias = normal(ROWS, 61), normal(7, seed=1), normal(61, seed=2)
+
+    def compute(ops: Any, rows: Tensor) -> Tensor:
+        y = ops.norm_slices(x[rows], weight, 1e-5, 3, 8)
+        y = ops.clamp(ops.scale(y, 0.3), 0.5)
+        result: Tensor = ops.layer_norm(ops.add(x[rows], y), x[0], 1e-5, bias)
+        return result
+
+    check_rows(isa, compute)
 
 
 # --- Attention ------------------------------------------------------------------------------------
@@ -128,16 +192,14 @@ SIZES = [
 ]
 
 
-@every_instruction_set
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("heads", [HeadShape(6, 2, 16), HeadShape(4, 1, 40), HeadShape(2, 2, 64)], ids=str)
-def test_attention(isa: str, dtype: torch.dtype, heads: HeadShape) -> None:
+def check_sequences(isa: str, spec: AttentionSpec | LatentSpec, dtype: torch.dtype) -> None:
     """A whole prompt, chunks of any size, one token at a time, alone and in company, on any threads."""
-    rope = rope_tables(256, heads.head_dim, 10_000.0)
+    turned = spec.shape.rope_dim if isinstance(spec, LatentSpec) else spec.shape.head_dim
+    rope = rope_tables(256, turned)
 
     def sequences(threads: int = 1, lengths: tuple[int, ...] = (LENGTH,)) -> PagedAttention:
         # seed 0 for all: the first sequence is the same whoever comes after it, if not its blocks
-        return PagedAttention(backend(isa, threads), heads, list(lengths), rope, dtype=dtype, sharpness=4.0)
+        return PagedAttention(backend(isa, threads), spec, list(lengths), rope, dtype=dtype)
 
     whole = chunked(sequences(), LENGTH)
     assert not whole.isnan().any()
@@ -155,6 +217,38 @@ def test_attention(isa: str, dtype: torch.dtype, heads: HeadShape) -> None:
         assert torch.equal(company.result(), whole)
 
 
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+@every_instruction_set
+@every_dtype
+@pytest.mark.parametrize("heads", [HeadShape(6, 2, 16), HeadShape(4, 1, 40), HeadShape(2, 2, 64)], ids=str)
+def test_attention(isa: str, dtype: torch.dtype, heads: HeadShape) -> None:
+    check_sequences(isa, heads_spec(heads, 4.0), dtype)
+
+
+@every_instruction_set
+@pytest.mark.parametrize(
+    "features",
+    [
+        *({"window": window} for window in (1, 5, 16, 30)),
+        {"soft_cap": 2.0},
+        {"sinks_N": normal(6, seed=1)},
+        {"window": 21, "soft_cap": 3.0, "sinks_N": 3 * normal(6, seed=1)},
+    ],
+    ids=str,
+)
+def test_attention_with_features(isa: str, features: dict[str, Any]) -> None:
+    check_sequences(isa, heads_spec(HeadShape(6, 2, 16), 4.0, **features), torch.float16)
+
+
+@every_instruction_set
+@every_dtype
+@pytest.mark.parametrize("shape", [LatentShape(6, 24, 8), LatentShape(19, 64, 16)], ids=str)
+def test_latent_attention(isa: str, dtype: torch.dtype, shape: LatentShape) -> None:
+    check_sequences(isa, LatentSpec(shape, 0.6), dtype)
+
+
 # --- Recorded and eager ---------------------------------------------------------------------------
 
 
@@ -162,38 +256,15 @@ def test_attention(isa: str, dtype: torch.dtype, heads: HeadShape) -> None:
 @every_format
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_recorded_step_is_the_eager_one(isa: str, weight_format: WeightFormat, threads: int) -> None:
-    """Every operation, in the order of a model's layer, for steps of many sizes on one recording."""
-    ops, heads, max_tokens = backend(isa, threads), HeadShape(4, 2, 8), 40
-    hidden, ffn, vocab = 36, 20, 50
-    rope = rope_tables(64, 8, 1e4)
-    table, head = (ops.pack(normal(vocab, hidden, seed=seed), weight_format) for seed in (1, 2))
-    qkv = ops.pack(normal(64, hidden, seed=3), weight_format)
-    out = ops.pack(normal(hidden, 32, seed=4), weight_format)
-    router = ops.pack(normal(5, hidden, seed=5), "float32")
-    gate_up = ops.pack(normal(5, 2 * ffn, hidden, seed=6), weight_format, paired=True)
-    down = ops.pack(normal(5, hidden, ffn, seed=7), weight_format)
-    weight = normal(hidden, seed=8)
-
-    def forward(plan: object, kv: Any) -> Tensor:
-        x = ops.embed(table, plan)
-        for _ in range(2):  # the second time, buffers are used again
-            attended = ops.attention(
-                ops.linear(ops.rms_norm(x, weight, 1e-5), qkv), rope, kv, plan, heads, 0.5
-            )
-            x = ops.add(x, ops.linear(attended, out))
-            normed = ops.layer_norm(x, weight, 1e-5)
-            routing = ops.route(normed, router, RouterSpec(5, 2))
-            x = ops.add(x, ops.experts(normed, routing, gate_up, down, "silu"))
-        selected = ops.select(x, plan)
-        result: Tensor = ops.linear(ops.rms_norm(selected, weight, 1e-5), head)
-        return result
-
-    caches = [ops.allocate_kv(4, 16, heads, torch.float32) for _ in range(2)]
-    replay = ops.record(lambda plan: forward(plan, caches[0]), max_tokens)
+    """For steps of many sizes on one recording."""
+    ops, max_tokens = backend(isa, threads), 40
+    model = EveryOperation(ops, weight_format)
+    caches = [model.allocate() for _ in range(2)]
+    replay = ops.record(lambda plan: model(plan, caches[0]), max_tokens)
     done = 0
     for size, wanted in ((1, [0]), (40, [39, 0, 7]), (3, []), (2, [0, 1])):
         batch = StepBatch(
-            ids_T=torch.arange(done, done + size) % vocab,
+            ids_T=torch.arange(done, done + size) % model.vocab,
             positions_T=torch.arange(done, done + size),
             slots_T=torch.arange(done, done + size),
             query_starts_R1=torch.tensor([0, size]),
@@ -203,8 +274,9 @@ def test_a_recorded_step_is_the_eager_one(isa: str, weight_format: WeightFormat,
             selected_S=torch.tensor(wanted, dtype=torch.int64),
         )
         done += size
-        eager = forward(ops.plan_step(batch), caches[1])
-        assert eager.shape == (len(wanted), vocab)
+        eager = model(ops.plan_step(batch), caches[1])
+        assert eager.shape == (len(wanted), model.vocab)
+        assert not eager.isnan().any()
         assert torch.equal(replay(batch), eager)
     with pytest.raises(ValueError, match="larger than the recorded one"):
         replay(

@@ -7,6 +7,8 @@ take float32 activations.
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 from native import FORMATS, INSTRUCTION_SETS, backend, dense, has_avx2, normal, random_routing
 from toptwo_kernels import cpu, reference
 from toptwo_kernels.cpu.linear import unpack
-from toptwo_kernels.ops import GROUP, QUANTIZED, Matrix, Routing, WeightFormat
+from toptwo_kernels.ops import GROUP, QUANTIZED, Activation, ExpertWeights, Matrix, Routing, WeightFormat
 from toptwo_kernels.reference.quantization import LEVELS, quantize_rows
 
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 31, 300)
@@ -79,6 +81,22 @@ def test_packing_many_groups_is_the_references_rounding(isa: str, weight_format:
     check_rounding(
         unpack(backend(isa).tape, backend(isa).pack(weight, weight_format)), weight[None], weight_format
     )
+
+
+@every_instruction_set
+@pytest.mark.parametrize("zero_point", [0, 3, 8, 15])
+def test_weights_on_a_grid_of_four_bits_come_back(isa: str, zero_point: int) -> None:
+    """As other quantisers left them, with a float16 scale; a group may use any part of the grid."""
+    generator = torch.Generator().manual_seed(zero_point)
+    rows = []
+    for low in range(16):
+        for high in range(low, 16):
+            q = torch.randint(low, high + 1, (6, GROUP), generator=generator)
+            q[:, 4], q[:, 20] = low, high
+            rows.append((q - zero_point) * (0.001 + torch.rand(6, 1, generator=generator) / 8).half().float())
+    weight = torch.cat(rows)
+    assert torch.equal(reference.pack(weight, "int4").data[0], weight)
+    assert torch.equal(unpack(backend(isa).tape, backend(isa).pack(weight, "int4"))[0], weight)
 
 
 @every_instruction_set
@@ -148,7 +166,30 @@ def test_linear(isa: str, weight_format: WeightFormat, shape: tuple[int, int]) -
     weight = dense(ops, matrix)[0]
     for num_tokens in TOKENS:
         x = normal(num_tokens, shape[1], seed=num_tokens)
-        check_close(ops.linear(x, matrix), product(x, weight, weight_format))
+        expected = product(x, weight, weight_format)
+        check_close(ops.linear(x, matrix), expected)
+        bias = 5 * normal(shape[0], seed=1)
+        check_close(ops.linear(x, matrix, bias), expected + bias)
+
+
+@every_instruction_set
+@every_format
+@pytest.mark.parametrize("rest", [0, 5, 16])
+@pytest.mark.parametrize("shape", [(1, 5, 7), (3, 13, 33), (5, 140, 64)], ids=str)
+def test_linear_per_head(
+    isa: str, weight_format: WeightFormat, shape: tuple[int, int, int], rest: int
+) -> None:
+    heads, rows, cols = shape
+    ops = backend(isa)
+    matrix = ops.pack(normal(*shape) / 20, weight_format)
+    weights = dense(ops, matrix)
+    for num_tokens in TOKENS:
+        x = normal(num_tokens, heads * (cols + rest), seed=num_tokens)
+        got = ops.linear_per_head(x, matrix).unflatten(1, (heads, rows + rest))
+        given = x.unflatten(1, (heads, cols + rest))
+        parts = [product(given[:, n, :cols].contiguous(), weights[n], weight_format) for n in range(heads)]
+        check_close(got[..., :rows], torch.stack(parts, 1))
+        assert torch.equal(got[..., rows:], given[..., cols:])
 
 
 @every_instruction_set
@@ -180,26 +221,41 @@ def test_activations_of_any_size(isa: str, weight_format: WeightFormat) -> None:
 # --- Experts --------------------------------------------------------------------------------------
 
 
+def activate(gate: Tensor, up: Tensor, given: ExpertWeights) -> Tensor:
+    """See `ops.Activation`."""
+    if given.activation == "silu":
+        return torch.nn.functional.silu(gate) * up
+    if given.activation == "gelu_tanh":
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    gate, up = gate.clamp(max=given.limit), up.clamp(-given.limit, given.limit)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
 def expected_experts(
-    x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, weight_format: WeightFormat
+    x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, given: ExpertWeights
 ) -> tuple[Tensor, Tensor]:
     """The definition in float64, and which tokens have an intermediate value that may be rounded either way.
 
     Between the two products the quantised formats round once more. A value halfway between two steps goes
     the one way or the other by the last bit of what was computed before.
     """
+    weight_format = given.down.format
     total = torch.zeros(len(x), down.shape[1], dtype=torch.float64)
     doubtful = torch.zeros(len(x), dtype=torch.bool)
     for expert in routing.ids_TK.unique().tolist():
         tokens, slots = (routing.ids_TK == expert).nonzero(as_tuple=True)
-        gate, up = product(x[tokens], gate_up[expert], weight_format).chunk(2, -1)
-        hidden = torch.nn.functional.silu(gate) * up
+        both = product(x[tokens], gate_up[expert], weight_format)
+        if given.gate_up_bias_EF is not None:
+            both = both + given.gate_up_bias_EF[expert]
+        hidden = activate(*both.chunk(2, -1), given)
         if weight_format in QUANTIZED:
             padded = torch.nn.functional.pad(hidden, (0, -hidden.shape[1] % GROUP)).unflatten(-1, (-1, GROUP))
             levels = LEVELS[weight_format]
             steps = levels * padded / padded.abs().amax(-1, keepdim=True).clamp(min=1e-30)
             doubtful[tokens] |= ((steps % 1 - 0.5).abs() < 3e-6 * levels).flatten(1).any(-1)
         result = product(hidden.float(), down[expert], weight_format)
+        if given.down_bias_EH is not None:
+            result = result + given.down_bias_EH[expert]
         total.index_add_(0, tokens, result * routing.weights_TK[tokens, slots].double()[:, None])
     return total, doubtful
 
@@ -211,7 +267,9 @@ def check_experts(
     routing: Routing,
     *,
     poison: bool = True,
+    **rule: Any,
 ) -> None:
+    """rule: what else ExpertWeights have."""
     num_experts, hidden, ffn = sizes
     ops = backend(isa)
     gate_up = ops.pack(normal(num_experts, 2 * ffn, hidden, seed=1) / 4, weight_format, paired=True)
@@ -223,8 +281,9 @@ def check_experts(
                 matrix.data.chunk(num_experts)[expert].fill_(POISON)
                 assert dense(ops, matrix)[expert].isnan().any()
     x = normal(len(routing.ids_TK), hidden, seed=3)
-    got = ops.experts(x, routing, gate_up, down, "silu")
-    expected, doubtful = expected_experts(x, routing, *weights, weight_format)
+    given = ExpertWeights(gate_up, down, **rule)
+    got = ops.experts(x, routing, given)
+    expected, doubtful = expected_experts(x, routing, *weights, given)
     most = float(expected.abs().max())
     sure = ~doubtful
     torch.testing.assert_close(got[sure].double(), expected[sure], rtol=0, atol=TOLERANCE * most)
@@ -265,6 +324,25 @@ def test_experts(
 
 @every_instruction_set
 @every_format
+@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("ffn", [8, 13, 20, 44])
+def test_activations_and_biases(
+    isa: str, weight_format: WeightFormat, activation: Activation, ffn: int
+) -> None:
+    """Biases of experts that no token chose are NaN, too."""
+    hidden, biases = 33, [normal(5, size, seed=size) for size in (2 * ffn, 33)]
+    for bias in biases:
+        bias[[1, 4]] = torch.nan
+    for num_tokens in TOKENS:
+        routing = random_routing(num_tokens, [0, 2, 3], 2, seed=num_tokens)
+        rule = {"activation": activation, "limit": 1.5}
+        check_experts(isa, weight_format, (5, hidden, ffn), routing, **rule)
+        rule.update(gate_up_bias_EF=biases[0], down_bias_EH=biases[1])
+        check_experts(isa, weight_format, (5, hidden, ffn), routing, **rule)
+
+
+@every_instruction_set
+@every_format
 @pytest.mark.parametrize("expert", [0, 3, 4])
 def test_all_tokens_on_one_expert(isa: str, weight_format: WeightFormat, expert: int) -> None:
     for num_tokens in (1, 6, 65):
@@ -283,6 +361,6 @@ def test_stacks_that_do_not_belong_together_are_refused() -> None:
     down = ops.pack(normal(1, 8, 8), "int4")
     for gate_up, matrix in ((plain, plain), (paired, down)):
         with pytest.raises(ValueError, match="gate_up must be paired, and of down's format"):
-            ops.experts(x, routing, gate_up, matrix, "silu")
+            ops.experts(x, routing, ExpertWeights(gate_up, matrix))
     with pytest.raises(ValueError, match="unknown activation 'relu'"):
-        ops.experts(x, routing, paired, paired, "relu")
+        ops.experts(x, routing, ExpertWeights(paired, paired, "relu"))

@@ -79,7 +79,7 @@ def test_one_recording_after_the_other() -> None:
     for matrix in matrices:
         program = ops.tape.native.Program(ops.tape.workers, 4)
         out = torch.empty(4, 40)
-        program.linear(x.data_ptr(), 3, 40, 64, matrix.data.data_ptr(), out.data_ptr(), 0)
+        program.linear(x.data_ptr(), 3, 40, 64, matrix.data.data_ptr(), 1, 0, 0, out.data_ptr(), 0)
         assert len(program) == 1
         replays.append((program, out))
     del ops

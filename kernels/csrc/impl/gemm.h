@@ -109,6 +109,36 @@ static inline void store_rows(float* y, F8 value, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i) y[i] = lanes[i];
 }
 
+// The first `rows` of eight numbers.
+static inline F8 load_rows(const float* p, int64_t rows) {
+  if (rows >= kRows) return f8_load(p);
+  float lanes[8] = {};
+  for (int64_t i = 0; i < rows; ++i) lanes[i] = p[i];
+  return f8_load(lanes);
+}
+
+// A block of gates and one of ups, joined. `at`: which of the F gates is the first. A function of its own, as it is
+// called once per output and would be inlined in every tile.
+__attribute__((noinline)) static F8 join(const GemmArgs& a, F8 gate, F8 up, int64_t at) {
+  if (a.bias) {
+    const int64_t ffn = a.y_stride;
+    gate = f8_add(gate, load_rows(a.bias + at, ffn - at));
+    up = f8_add(up, load_rows(a.bias + ffn + at, ffn - at));
+  }
+  F8 x = gate;  // of the sigmoid
+  if (a.epilogue == Epilogue::gelu_tanh) {
+    // (1 + tanh(u)) / 2 is sigmoid(2u), here with u = sqrt(2 / pi) (gate + 0.044715 gate^3).
+    const F8 cubic = f8_fma(f8_mul(gate, gate), f8_set1(0.044715f), f8_set1(1.0f));
+    x = f8_mul(f8_mul(f8_set1(1.5957691216f), gate), cubic);
+  } else if (a.epilogue == Epilogue::clamped_swiglu) {
+    const F8 most = f8_set1(a.limit), least = f8_set1(-a.limit);
+    gate = f8_min(most, gate);  // in this order, so that what is no number stays none
+    up = f8_add(f8_min(most, f8_max(least, up)), f8_set1(1.0f));
+    x = f8_mul(f8_set1(1.702f), gate);
+  }
+  return f8_mul(f8_mul(gate, f8_sigmoid(x)), up);
+}
+
 template <Format F, int NT, int NB>
 static void tile(const GemmArgs& a, int64_t token, int64_t block) {
   Inputs<NT> x{{}, RowLayout(a.w.cols, F), token == 0};
@@ -125,16 +155,15 @@ static void tile(const GemmArgs& a, int64_t token, int64_t block) {
 
   for (int t = 0; t < NT; ++t) {
     int64_t row = (a.y_rows ? a.y_rows[token + t] : token + t) * a.y_stride;
-    if (a.epilogue == Epilogue::swiglu) {
-      for (int b = 0; b + 1 < NB; b += 2) {
-        int64_t at = (block + b) / 2 * kRows;
-        F8 value = f8_mul(f8_mul(acc[t][b], f8_sigmoid(acc[t][b])), acc[t][b + 1]);
-        store_rows(a.y + row + at, value, a.y_stride - at);
+    if (a.epilogue == Epilogue::store) {
+      for (int b = 0; b < NB; ++b) {
+        int64_t at = (block + b) * kRows, rows = a.w.rows - at;
+        store_rows(a.y + row + at, a.bias ? f8_add(acc[t][b], load_rows(a.bias + at, rows)) : acc[t][b], rows);
       }
     } else {
-      for (int b = 0; b < NB; ++b) {
-        int64_t at = (block + b) * kRows;
-        store_rows(a.y + row + at, acc[t][b], a.w.rows - at);
+      for (int b = 0; b + 1 < NB; b += 2) {
+        int64_t at = (block + b) / 2 * kRows;
+        store_rows(a.y + row + at, join(a, acc[t][b], acc[t][b + 1], at), a.y_stride - at);
       }
     }
   }

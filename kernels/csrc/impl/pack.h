@@ -63,8 +63,10 @@ static inline float int4_error(const float* w, float scale, float zero) {
   return sum_lanes(total);
 }
 
-// The best of a grid of ranges, each a little narrower than the group's own: clipping the extremes
-// buys precision for the rest.
+// The best of two kinds of grids. Of 15 steps over the group's own range or a little less: clipping the extremes buys
+// precision for the rest. And of 14 to 8 steps over all of it, for weights that were quantised to four bits before:
+// the part of their grid that a group has is one of these, or every second, fourth or eighth point of one, and comes
+// back exactly.
 static Int4 search_int4(const float* w) {
   float low = 0.0f, high = 0.0f;
   for (int i = 0; i < kGroup; ++i) {
@@ -72,15 +74,16 @@ static Int4 search_int4(const float* w) {
     high = w[i] > high ? w[i] : high;
   }
   Int4 best{0.0f, 0.0f, INFINITY};
-  for (float a : {1.0f, 0.94f, 0.88f, 0.82f, 0.76f}) {
-    for (float b : {1.0f, 0.94f, 0.88f, 0.82f, 0.76f}) {
-      float scale = from_f16(to_f16((high * b - low * a) / 15.0f));
-      if (!(scale > 0.0f)) continue;
-      float zero = clamp(std::nearbyintf(-low * a / scale * 16.0f), 0.0f, 255.0f);
-      float error = int4_error(w, scale, zero);
-      if (error < best.error) best = {scale, zero, error};
-    }
-  }
+  auto attempt = [&](float low, float high, float steps) {
+    const float scale = from_f16(to_f16((high - low) / steps));
+    if (!(scale > 0.0f)) return;
+    const float zero = clamp(std::nearbyintf(-low / scale * 16.0f), 0.0f, 255.0f);
+    const float error = int4_error(w, scale, zero);
+    if (error < best.error) best = {scale, zero, error};
+  };
+  for (float a : {1.0f, 0.94f, 0.88f, 0.82f, 0.76f})
+    for (float b : {1.0f, 0.94f, 0.88f, 0.82f, 0.76f}) attempt(low * a, high * b, 15.0f);
+  for (int steps = 14; steps >= 8; --steps) attempt(low, high, float(steps));
   return best;
 }
 

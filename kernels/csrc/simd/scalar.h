@@ -41,6 +41,11 @@ static inline F8 f8_exp2(F8 n) {
   LANES n.a[i] = std::bit_cast<float>(uint32_t(int32_t(n.a[i]) + 127) << 23);
   return n;
 }
+static inline void f8_transpose(F8 (&r)[8]) {
+  F8 rows[8];
+  LANES rows[i] = r[i];
+  for (int j = 0; j < 8; ++j) LANES r[j].a[i] = rows[i].a[j];
+}
 static inline bool f8_any_nan(F8 a) {
   bool found = false;
   LANES found |= a.a[i] != a.a[i];

@@ -10,12 +10,15 @@ from functools import partial
 from types import SimpleNamespace
 from typing import cast
 
-from toptwo_kernels.cpu.attention import allocate_kv, attention, plan_step
+from toptwo_kernels.cpu.attention import attention, plan_step
+from toptwo_kernels.cpu.elementwise import add, clamp, scale
 from toptwo_kernels.cpu.embedding import embed, select
 from toptwo_kernels.cpu.experts import experts
-from toptwo_kernels.cpu.linear import linear, pack
+from toptwo_kernels.cpu.kv_cache import allocate_kv
+from toptwo_kernels.cpu.latent_attention import latent_attention
+from toptwo_kernels.cpu.linear import linear, linear_per_head, pack
 from toptwo_kernels.cpu.native import checksum, instruction_sets
-from toptwo_kernels.cpu.norm import add, layer_norm, rms_norm
+from toptwo_kernels.cpu.norm import layer_norm, norm_slices, rms_norm
 from toptwo_kernels.cpu.route import route
 from toptwo_kernels.cpu.sampling import sample
 from toptwo_kernels.cpu.selection import choose_instruction_set
@@ -28,16 +31,21 @@ _FUNCTIONS = (
     add,
     allocate_kv,
     attention,
+    clamp,
     embed,
     experts,
+    latent_attention,
     layer_norm,
     linear,
+    linear_per_head,
+    norm_slices,
     pack,
     plan_step,
     record,
     rms_norm,
     route,
     sample,
+    scale,
     select,
 )
 

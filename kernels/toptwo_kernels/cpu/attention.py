@@ -1,28 +1,12 @@
-"""Fused RoPE, KV write and attention over the paged cache.
-
-Keys lie transposed within a block, [B, M, D, 16], so that a vector holds the same dimension of eight
-tokens; values are [B, M, 16, D].
-"""
+"""Fused RoPE, KV write and attention over the paged cache."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from toptwo_kernels.cpu.native import DTYPES, KV_BLOCK
+from toptwo_kernels.cpu.native import DTYPES
 from toptwo_kernels.cpu.tape import StepArrays, Tape
-from toptwo_kernels.ops import HeadShape, KVCache, Rope, StepBatch
-
-
-def allocate_kv(
-    tape: Tape, num_blocks: int, block_size: int, shape: HeadShape, dtype: torch.dtype
-) -> KVCache:
-    """See `ops.Ops.allocate_kv`. Uninitialised: the system hands out pages as blocks are first used."""
-    if block_size != KV_BLOCK:
-        raise ValueError(f"the CPU backend has KV blocks of {KV_BLOCK} tokens, not {block_size}")
-    heads = (num_blocks, shape.num_kv_heads)
-    k = torch.empty(*heads, shape.head_dim, KV_BLOCK, dtype=dtype)
-    return k, torch.empty(*heads, KV_BLOCK, shape.head_dim, dtype=dtype)
+from toptwo_kernels.ops import AttentionSpec, KVCache, Rope, StepBatch
 
 
 def plan_step(tape: Tape, batch: StepBatch) -> object:
@@ -31,15 +15,16 @@ def plan_step(tape: Tape, batch: StepBatch) -> object:
 
 
 def attention(
-    tape: Tape, qkv_TX: Tensor, rope: Rope, kv: KVCache, plan: object, shape: HeadShape, scale: float
+    tape: Tape, qkv_TX: Tensor, rope: Rope, kv: KVCache, plan: object, spec: AttentionSpec
 ) -> Tensor:
     """See `ops.Ops.attention`."""
+    shape = spec.shape
     if shape.head_dim % 8:
         raise ValueError(f"the CPU backend needs a head dimension that 8 divides, not {shape.head_dim}")
     out = tape.empty(qkv_TX, shape.num_heads * shape.head_dim)
     k, v = kv
+    angles = rope.cos_LD, rope.sin_LD, rope.cos_LD.shape[1]
     heads = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    tape.emit(
-        "attention", qkv_TX, rope.cos_LD, rope.sin_LD, k, v, DTYPES[k.dtype], *heads, scale, out, step=plan
-    )
+    rule = spec.scale, spec.window or 0, spec.soft_cap or 0.0, spec.sinks_N
+    tape.emit("attention", qkv_TX, *angles, k, v, DTYPES[k.dtype], *heads, *rule, out, step=plan)
     return out

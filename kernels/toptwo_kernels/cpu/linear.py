@@ -44,9 +44,21 @@ def unpack(tape: Tape, matrix: Matrix) -> Tensor:
     return blocks[:, :, :half].flatten(1, 2)
 
 
-def linear(tape: Tape, x_TI: Tensor, weight: Matrix) -> Tensor:
+def linear(tape: Tape, x_TI: Tensor, weight: Matrix, bias_O: Tensor | None = None) -> Tensor:
     """See `ops.Ops.linear`."""
-    out = tape.empty(x_TI, weight.rows)
-    shape = FORMATS[weight.format], weight.rows, weight.cols
-    tape.emit("linear", x_TI, *shape, weight.data, out, tape.extent_of(x_TI), step=len(x_TI))
+    return _product(tape, x_TI, weight, 1, bias_O)
+
+
+def linear_per_head(tape: Tape, x_TX: Tensor, weight: Matrix) -> Tensor:
+    """See `ops.Ops.linear_per_head`."""
+    return _product(tape, x_TX, weight, weight.num_matrices, None)
+
+
+def _product(tape: Tape, x_TX: Tensor, weight: Matrix, num_heads: int, bias_O: Tensor | None) -> Tensor:
+    """One matrix for each head of x; columns behind those that it takes are passed on."""
+    rest = x_TX.shape[1] // num_heads - weight.cols
+    out = tape.empty(x_TX, num_heads * (weight.rows + rest))
+    matrix = FORMATS[weight.format], weight.rows, weight.cols, weight.data
+    extent = tape.extent_of(x_TX)
+    tape.emit("linear", x_TX, *matrix, num_heads, rest, bias_O, out, extent, step=len(x_TX))
     return out

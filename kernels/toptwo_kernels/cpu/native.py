@@ -7,9 +7,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from toptwo_kernels.ops import WeightFormat
+from toptwo_kernels.ops import Activation, ScoreFunction, WeightFormat
 
 FORMATS: dict[WeightFormat, int] = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+# As Epilogue in csrc/kernels.h and RouterSpec::Score in csrc/program.h.
+ACTIVATIONS: dict[Activation, int] = {"silu": 1, "gelu_tanh": 2, "clamped_swiglu": 3}
+SCORES: dict[ScoreFunction, int] = {"softmax": 0, "sigmoid": 1, "sparsemixer": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCK_ROWS = 8  # rows of a weight that are interleaved
 KV_BLOCK = 16  # tokens of a KV block: two vectors of scores

@@ -1,4 +1,4 @@
-"""Normalisation, and the sum that follows it in every residual stream."""
+"""Normalisation."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ from toptwo_kernels.cpu.tape import Tape
 
 def rms_norm(tape: Tape, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """See `ops.Ops.rms_norm`."""
-    return _norm(tape, x_TH, weight_H, eps, centered=False)
-
-
-def layer_norm(tape: Tape, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """See `ops.Ops.layer_norm`."""
-    return _norm(tape, x_TH, weight_H, eps, centered=True)
-
-
-def _norm(tape: Tape, x_TH: Tensor, weight_H: Tensor, eps: float, *, centered: bool) -> Tensor:
     size = x_TH.shape[1]
-    out = tape.empty(x_TH, size)
-    tape.emit("norm", centered, x_TH, weight_H, eps, size, out, tape.extent_of(x_TH), step=len(x_TH))
+    out, slices = tape.empty(x_TH, size), (size, 0, 1)
+    extent = tape.extent_of(x_TH)
+    tape.emit("norm", False, x_TH, weight_H, None, eps, size, *slices, out, extent, step=len(x_TH))
     return out
 
 
-def add(tape: Tape, x_TH: Tensor, y_TH: Tensor) -> Tensor:
-    """See `ops.Ops.add`; the sum is written over y."""
-    tape.emit("add", x_TH, y_TH, x_TH.shape[1], step=len(x_TH))
-    return y_TH
+def layer_norm(
+    tape: Tape, x_TH: Tensor, weight_H: Tensor, eps: float, bias_H: Tensor | None = None
+) -> Tensor:
+    """See `ops.Ops.layer_norm`."""
+    size = x_TH.shape[1]
+    out, slices = tape.empty(x_TH, size), (size, 0, 1)
+    extent = tape.extent_of(x_TH)
+    tape.emit("norm", True, x_TH, weight_H, bias_H, eps, size, *slices, out, extent, step=len(x_TH))
+    return out
+
+
+def norm_slices(tape: Tape, x_TX: Tensor, weight_W: Tensor, eps: float, first: int, count: int) -> Tensor:
+    """See `ops.Ops.norm_slices`; in place."""
+    slices = x_TX.shape[1], first, count
+    extent = tape.extent_of(x_TX)
+    tape.emit("norm", False, x_TX, weight_W, None, eps, len(weight_W), *slices, x_TX, extent, step=len(x_TX))
+    return x_TX

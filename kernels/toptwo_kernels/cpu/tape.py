@@ -75,10 +75,11 @@ class Tape:
     def emit(self, name: str, *arguments: object, step: object) -> None:
         """Append the operation `name` of csrc/program.h, or run it now on `step`.
 
-        Tensors among the arguments are passed as addresses and, while recording, kept alive as long as
-        the program unless they are the arena's. step: what `plan_step` made, or a number of tokens.
+        Tensors among the arguments are passed as addresses, None as no address. While recording, tensors are
+        kept alive as long as the program unless they are the arena's. step: what `plan_step` made, or a
+        number of tokens.
         """
-        addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        addresses = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
         if self._program is not None:
             getattr(self._program, name)(*addresses)
             own = {block.data_ptr() for block in self._arena.blocks} if self._arena else set()

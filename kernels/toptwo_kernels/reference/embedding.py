@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor
 
 from toptwo_kernels.ops import Matrix
-from toptwo_kernels.reference.attention import Plan
+from toptwo_kernels.reference.plan import Plan
 
 
 def embed(table: Matrix, plan: object) -> Tensor:

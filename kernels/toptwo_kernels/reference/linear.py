@@ -20,14 +20,22 @@ def pack(weight_EOI: Tensor, weight_format: WeightFormat, *, paired: bool = Fals
     return Matrix(data, weight_format, count, rows, cols, paired)
 
 
-def linear(x_TI: Tensor, weight: Matrix) -> Tensor:
+def linear(x_TI: Tensor, weight: Matrix, bias_O: Tensor | None = None) -> Tensor:
     """See `ops.Ops.linear`."""
-    return product(x_TI, weight, 0)
+    return product(x_TI, weight, 0, None if bias_O is None else bias_O.unsqueeze(0))
 
 
-def product(x_TI: Tensor, weight: Matrix, index: int) -> Tensor:
-    """x @ weight[index].T, with x rounded as the format asks."""
+def linear_per_head(x_TX: Tensor, weight: Matrix) -> Tensor:
+    """See `ops.Ops.linear_per_head`."""
+    heads_TNX = x_TX.view(len(x_TX), weight.num_matrices, -1)
+    outputs = [product(heads_TNX[:, n, : weight.cols], weight, n) for n in range(weight.num_matrices)]
+    return torch.cat((torch.stack(outputs, dim=1), heads_TNX[..., weight.cols :]), dim=-1).flatten(1)
+
+
+def product(x_TI: Tensor, weight: Matrix, index: int, bias_EO: Tensor | None = None) -> Tensor:
+    """x @ weight[index].T + bias[index], with x rounded as the format asks."""
     if weight.format in QUANTIZED:
         x_TI = quantize_rows(x_TI.float(), weight.format)
     dense = weight.data[index]
-    return torch.nn.functional.linear(x_TI.to(dense.dtype), dense).to(x_TI.dtype)
+    bias = None if bias_EO is None else bias_EO[index].to(dense.dtype)
+    return torch.nn.functional.linear(x_TI.to(dense.dtype), dense, bias).to(x_TI.dtype)

@@ -1,4 +1,4 @@
-"""Normalisation, and the sum that follows it in every residual stream."""
+"""Normalisation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     return weight_H.to(x_TH.dtype) * (x * scale).to(x_TH.dtype)
 
 
-def layer_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+def layer_norm(x_TH: Tensor, weight_H: Tensor, eps: float, bias_H: Tensor | None = None) -> Tensor:
     """See `ops.Ops.layer_norm`."""
-    x = torch.nn.functional.layer_norm(x_TH.float(), x_TH.shape[-1:], weight_H.float(), eps=eps)
+    bias = None if bias_H is None else bias_H.float()
+    x = torch.nn.functional.layer_norm(x_TH.float(), x_TH.shape[-1:], weight_H.float(), bias, eps)
     return x.to(x_TH.dtype)
 
 
-def add(x_TH: Tensor, y_TH: Tensor) -> Tensor:
-    """See `ops.Ops.add`."""
-    return x_TH + y_TH
+def norm_slices(x_TX: Tensor, weight_W: Tensor, eps: float, first: int, count: int) -> Tensor:
+    """See `ops.Ops.norm_slices`."""
+    width = len(weight_W)
+    behind_columns = x_TX.shape[1] - first - count * width
+    before, slices, behind = torch.split(x_TX, [first, count * width, behind_columns], dim=1)
+    normed = rms_norm(slices.reshape(-1, width), weight_W, eps).view_as(slices)
+    return torch.cat((before, normed, behind), dim=1)

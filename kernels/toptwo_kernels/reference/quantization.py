@@ -20,9 +20,13 @@ LEVELS: dict[WeightFormat, float] = {"int8": 4095.0, "int4": 127.0}
 # int8 tries to give the group's largest weight each of these numbers of steps. Weights that were quantised
 # before lie on a grid, which one of the scales often meets.
 INT8_STEPS = range(127, 95, -1)
-# int4 tries ranges narrower than the group's own, by each pair of these factors on its two ends:
-# clipping the extremes buys precision for the rest.
+# int4 tries ranges in 15 steps that are narrower than the group's own, by each pair of these factors on its
+# two ends: clipping the extremes buys precision for the rest.
 CLIPS = (1.0, 0.94, 0.88, 0.82, 0.76)
+# And the group's own range in each of these numbers of steps, for weights that were quantised to four bits
+# before: the part of their grid that a group has is one of these, or every second, fourth or eighth point of
+# one, and comes back exactly.
+INT4_STEPS = range(14, 7, -1)
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,10 @@ def _to_int4(groups: Tensor, size: int) -> Quantized:
     high = groups.amax(-1, keepdim=True).clamp(min=0)
     best = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.zeros_like(low), torch.zeros_like(low)
-    for clip_low, clip_high in itertools.product(CLIPS, CLIPS):
-        scale = ((high * clip_high - low * clip_low) / 15).half().float()
-        zero = (-low * clip_low * _inverse(scale) * 16).round().clamp(0, 255)
+    clipped = ((low * a, high * b, 15) for a, b in itertools.product(CLIPS, CLIPS))
+    for start, end, steps in itertools.chain(clipped, ((low, high, steps) for steps in INT4_STEPS)):
+        scale = ((end - start) / steps).half().float()
+        zero = (-start * _inverse(scale) * 16).round().clamp(0, 255)
         q = _round_int4(groups, scale, zero)
         error = ((q - zero / 16) * scale - groups).square().sum(-1, keepdim=True)
         better = (error < best) & (scale > 0)
