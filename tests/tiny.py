@@ -3,13 +3,187 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from grok_reference import Grok1Family
+
 torch.set_num_threads(1)  # for tensors this small, a second thread only waits for the first
+
+
+Reference = Callable[[torch.Tensor], torch.Tensor]
+"""From token ids [T] to the float32 logits [T, V] that an independent implementation computes."""
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,  # large enough that logits and routing are decisive
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture as transformers has it: the classes `name`Config and `name`ForCausalLM, and a shape."""
+
+    name: str
+    shape: dict[str, Any]
+
+    def write(self, directory: Path, seed: int = 0, **overrides: Any) -> Reference:
+        """Save a random checkpoint, none of whose tensors is what it would be by default."""
+        import transformers
+
+        torch.manual_seed(seed)
+        config = getattr(transformers, f"{self.name}Config")(**{**COMMON, **self.shape, **overrides})
+        model = getattr(transformers, f"{self.name}ForCausalLM")(config).eval()
+        randomize(model)
+        model.save_pretrained(directory)
+        return lambda ids_T: model(ids_T[None]).logits[0].detach()
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Give norms, biases and all else that starts as ones or zeros numbers that a test would miss."""
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith(
+            ("norm.weight", "norm_1.weight", "norm_2.weight", "norm_f.weight", "layernorm.weight")
+        ):
+            parameter.data.normal_(1.0, 0.2)
+        elif (parameter.dim() == 1 and "inv_freq" not in name) or name.endswith("_bias"):
+            parameter.data.normal_(0.0, 0.2)
+
+
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 48,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "rope_parameters": {**YARN, "rope_theta": 10_000.0, "mscale": 0.9, "mscale_all_dim": 0.7},
+}
+
+FAMILIES: dict[str, Any] = {
+    "dbrx": Family(
+        "Dbrx",
+        {
+            "d_model": 64,  # COMMON's hidden_size comes too late for one that DbrxConfig copies
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 50_000.0},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 6, "moe_top_k": 3},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
+        },
+    ),
+    "deepseek_v2": Family("DeepseekV2", DEEPSEEK | {"topk_method": "group_limited_greedy"}),
+    "deepseek_v3": Family("DeepseekV3", DEEPSEEK | {"routed_scaling_factor": 2.5, "n_shared_experts": 1}),
+    "gpt_oss": Family(
+        "GptOss",
+        {
+            "intermediate_size": 48,
+            "head_dim": 16,  # 8 heads of it are not the hidden size
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 24,
+            "swiglu_limit": 1.0,  # so that much is cut off
+            "rope_parameters": {**YARN, "rope_theta": 150_000.0, "truncate": False},
+        },
+    ),
+    "granitemoe": Family(
+        "GraniteMoe",
+        {
+            "intermediate_size": 48,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.2,  # not what heads of 8 have by default
+            "residual_multiplier": 0.22,
+            "logits_scaling": 6.0,
+        },
+    ),
+    "grok1": Grok1Family(),
+    "llama": Family("Llama", {"intermediate_size": 96}),
+    "mixtral": Family("Mixtral", {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": Family(
+        "Olmoe", {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 3, "clip_qkv": 1.0}
+    ),
+    "phimoe": Family(
+        "Phimoe",
+        {
+            "intermediate_size": 48,
+            "num_local_experts": 6,
+            "router_jitter_noise": 0.3,  # so that several logits are near the largest
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "original_max_position_embeddings": 512,
+                "short_factor": [1.0, 1.1, 1.3, 1.7],
+                "long_factor": [1.0, 4.0, 8.0, 16.0],
+                "short_mscale": 1.1,
+                "long_mscale": 1.3,
+            },
+        },
+    ),
+    "qwen2_moe": Family(
+        "Qwen2Moe",
+        {
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3": Family(
+        "Qwen3",
+        {
+            "intermediate_size": 96,
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
+    "qwen3_moe": Family(
+        "Qwen3Moe",
+        {
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 16,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
+}
+"""By model_type. Each has `write`, as `Family` has it."""
 
 
 def write_mixtral(directory: Path, seed: int = 0, **overrides: Any) -> Any:
@@ -77,7 +251,7 @@ def load_runner(
     assert runtime.info.num_blocks == num_blocks
     for layer, weight in zip(runtime.model.layers, routers, strict=bool(routers)):  # type: ignore[attr-defined]
         # In place: a recorded step reads the weights where they are.
-        layer.moe.router.weight.data.copy_(layer.ops.pack(weight, "float32").data)
+        layer.feed_forward.router.weights.matrix.data.copy_(layer.ops.pack(weight, "float32").data)
     return runtime.runner
 
 

@@ -27,6 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "multi-query": {"num_key_value_heads": 1},
     "tied embeddings": {"tie_word_embeddings": True},
     "another theta": {"rope_theta": 1e6},
+    "a window that the prompt outgrows": {"sliding_window": 24},
 }
 
 
@@ -129,7 +130,7 @@ EXPERT = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
         (without(GATE), f"misses {GATE}"),
         (without(EXPERT), f"misses {EXPERT}"),
         (
-            lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)},
+            lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": torch.ones(64)},
             "unknown model.layers.0.self",
         ),
         (lambda t: {**t, GATE: t[GATE].T}, r"gate.weight has shape \[64, 4\], expected \[4, 64\]"),
@@ -158,7 +159,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not supported"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"model_type": "../evil"}, "is not supported"),
         ({"model_type": None}, "is not supported"),
         ({"hidden_size": None}, "hidden_size must be an integer"),
@@ -168,11 +169,11 @@ def edit_config(directory: Path, **changes: Any) -> None:
         ({"num_experts_per_tok": 9}, "num_experts_per_tok must be between 1 and 4"),
         ({"num_key_value_heads": 3}, "num_key_value_heads must divide"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"sliding_window": 64}, "sliding_window below"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
-        ({"rope_scaling": {"type": "linear"}}, "type 'linear' is not supported"),
+        ({"sliding_window": 0}, "sliding_window must be between"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type 'dynamic' is not supported"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "ntk"}}, "type 'ntk' is not supported"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: factor must be a number"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be positive"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised checkpoints are not supported"),
     ],
 )
 def test_a_wrong_config_value_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:

@@ -19,3 +19,15 @@ class Embedding:
 
     def __call__(self, step: StepContext) -> Tensor:
         return self.ops.embed(self.table, step.plan)
+
+
+@dataclass(frozen=True)
+class ScaledEmbedding:
+    """Row lookup, times a factor."""
+
+    table: Matrix
+    factor: float
+    ops: Ops
+
+    def __call__(self, step: StepContext) -> Tensor:
+        return self.ops.scale(self.ops.embed(self.table, step.plan), self.factor)

@@ -2,35 +2,43 @@
 
 An architecture lists `WeightSpec`s under its own names. Each can be assembled in one of several
 ways (per-expert tensors, one fused tensor, another naming); the loader takes the first way whose
-tensors are all present. Which files hold them is the loader's business.
+tensors are all present. Which files hold them, and in which number format, is the loader's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from toptwo.layers.context import StepContext
-from toptwo_kernels.ops import HeadShape, Matrix
+from toptwo_kernels.ops import KVShape, Matrix
 
+T = TypeVar("T")
 Index = tuple[int | slice, ...]
+Source = tuple["Piece", ...]
+"""Tensors that together make up a weight."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A checkpoint tensor and the part of the weight that it fills; () is all of it."""
+    """A checkpoint tensor and the part of the weight that it fills; () is all of it.
+
+    view: applied to the tensor first, where the checkpoint orders its numbers in another way. It must only
+    index, reshape and permute, so that shapes can be checked without reading anything.
+    """
 
     name: str
     into: Index = ()
+    view: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
 
 Role = Literal["matrix", "paired", "head", "router", "vector"]
 """What a weight is used for, which decides its format: "matrix" and "paired" (gates, then ups) take the
 model's weight format; "head" (embeddings and the output projection) keeps 8 bits where others have 4;
-"router" is a float32 matrix; "vector" is a plain float32 tensor."""
+"router" is a float32 matrix; "vector" is a plain float32 tensor: norms, biases."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,7 @@ class WeightSpec:
     name: str
     shape: tuple[int, ...]
     role: Role
-    sources: tuple[tuple[Piece, ...], ...]
-
-
-def whole(name: str, shape: tuple[int, ...], role: Role, *checkpoint_names: str) -> WeightSpec:
-    """A weight that is one checkpoint tensor, under the first of the given names that exists."""
-    return WeightSpec(name, shape, role, tuple((Piece(source),) for source in checkpoint_names or (name,)))
+    sources: tuple[Source, ...]
 
 
 class ModelConfig(Protocol):
@@ -56,11 +59,14 @@ class ModelConfig(Protocol):
     @property
     def num_layers(self) -> int: ...
     @property
-    def heads(self) -> HeadShape: ...
+    def kv_shape(self) -> KVShape: ...
     @property
     def vocab_size(self) -> int: ...
     @property
     def max_position(self) -> int: ...
+    @property
+    def experts_per_token(self) -> int:
+        """Of those that a layer chooses from; 1 where there is no choice."""
 
 
 class CausalLM(Protocol):
@@ -79,3 +85,12 @@ class Weights:
 
     matrices: Mapping[str, Matrix]
     vectors: Mapping[str, Tensor]
+
+    def under(self, prefix: str) -> Weights:
+        """Those whose names begin with `prefix` and a dot, by the rest of their names."""
+        start = f"{prefix}."
+        return Weights(_under(self.matrices, start), _under(self.vectors, start))
+
+
+def _under(named: Mapping[str, T], start: str) -> dict[str, T]:
+    return {name.removeprefix(start): value for name, value in named.items() if name.startswith(start)}

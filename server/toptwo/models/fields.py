@@ -6,9 +6,9 @@ Nothing in a config can name code to run. Every error is one line that names the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from toptwo.errors import StartupError
+from toptwo.errors import CheckpointError
 
 
 class ConfigFields:
@@ -44,6 +44,40 @@ class ConfigFields:
             raise self.error(key, f"must be true or false, not {_show(value)}")
         return value
 
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of `count` positive numbers."""
+        value = self._raw.get(key)
+        if not isinstance(value, Sequence) or len(value) != count:
+            raise self.error(key, f"must be a list of {count} numbers")
+        entries = ConfigFields({f"{key}[{i}]": each for i, each in enumerate(value)}, self._where)
+        return tuple(entries.number(f"{key}[{i}]") for i in range(count))
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers, none of them negative; empty when absent."""
+        value = self._raw.get(key)
+        value = () if value is None else value
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise self.error(key, f"must be a list of integers, not {_show(value)}")
+        entries = ConfigFields({f"{key}[{i}]": each for i, each in enumerate(value)}, self._where)
+        return tuple(entries.integer(f"{key}[{i}]", low=0) for i in range(len(value)))
+
+    def choices(self, key: str, count: int, *allowed: str) -> tuple[str, ...]:
+        """A list of `count` texts out of the allowed ones."""
+        value = self._raw.get(key)
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
+            raise self.error(key, f"must be a list of {count} texts")
+        entries = ConfigFields({f"{key}[{i}]": each for i, each in enumerate(value)}, self._where)
+        for i in range(count):
+            entries.require(f"{key}[{i}]", *allowed)
+        return tuple(value)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._raw.get(key)
+        value = default if value is None else value
+        if not isinstance(value, str):
+            raise self.error(key, f"must be a text, not {_show(value)}")
+        return value
+
     def require(self, key: str, *allowed: object) -> None:
         """Refuse a value that this code does not implement; an absent key passes."""
         if key in self._raw and self._raw[key] not in allowed:
@@ -59,11 +93,16 @@ class ConfigFields:
             raise self.error(key, "must be an object")
         return ConfigFields(value, f"{self._where}: {key}")
 
+    def sections(self, key: str) -> tuple[ConfigFields, ...]:
+        """The objects that a nested object consists of."""
+        section = self.section(key)
+        return tuple(section.section(name) for name in section._raw)
+
     def has(self, key: str) -> bool:
         return self._raw.get(key) is not None
 
-    def error(self, key: str, problem: str) -> StartupError:
-        return StartupError(f"{self._where}: {key} {problem}")
+    def error(self, key: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self._where}: {key} {problem}")
 
 
 def _show(value: object) -> str:
@@ -71,16 +110,3 @@ def _show(value: object) -> str:
         return "null"
     text = f"{value!r}"
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def rope_theta(fields: ConfigFields, default: float) -> float:
-    """Base of the rotary embedding, from `rope_theta` or transformers 5's `rope_parameters`.
-
-    Raises StartupError for any scaled variant, which would need other tables.
-    """
-    for key in ("rope_parameters", "rope_scaling"):
-        section = fields.section(key)
-        for type_key in ("rope_type", "type"):
-            section.require(type_key, "default")
-    parameters = fields.section("rope_parameters")
-    return parameters.number("rope_theta", fields.number("rope_theta", default))

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from toptwo_kernels.ops import Matrix, Ops, RouterSpec, Routing
+from toptwo_kernels.ops import Ops, RouterSpec, RouterWeights, Routing
 
 
 @dataclass(frozen=True)
 class Router:
     """Logits by one linear map [E, H] in float32, choice by the `RouterSpec`."""
 
-    weight: Matrix
+    weights: RouterWeights
     spec: RouterSpec
     ops: Ops
 
     def __call__(self, x_TH: Tensor) -> Routing:
-        return self.ops.route(x_TH, self.weight, self.spec)
+        return self.ops.route(x_TH, self.weights, self.spec)
