@@ -1,14 +1,28 @@
 """Errors that reach a person. This module knows OpenAI's error vocabulary and no HTTP framework.
 
 `ApiError` is a mistake or a limit that a client is told about in OpenAI's envelope;
-`StartupError` is one line on standard error and a non-zero exit.
+`StartupError` is one line on standard error and a non-zero exit; `CheckpointError` is one that the model's
+files are to blame for.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class StartupError(Exception):
     """The server cannot start; the message is one clear line that names the setting or file."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class CheckpointError(StartupError):
+    """A model's files are damaged, incomplete or not supported: trying again will not help.
+
+    The message names the file, and the tensor or key.
+    """
+
+    exit_code = 2
 
 
 class EngineDeadError(Exception):

@@ -41,7 +41,7 @@ def build_runtime(
     *,
     own_process: bool = False,
 ) -> Runtime:
-    """Load the checkpoint. Raises StartupError when it cannot be loaded or cannot fit.
+    """Load the checkpoint. Raises CheckpointError when it cannot be loaded, StartupError when it cannot fit.
 
     own_process: nothing else runs in this process, so that its threads may be bound to processors.
     """
@@ -51,7 +51,7 @@ def build_runtime(
     config = resolve(settings, model_config, specs)
     ops = load_backend(config.backend, config.num_threads, pinned=own_process)
     ignored = architecture.ignored_tensors(model_config)
-    source = WeightSource(directory, specs, ignored, settings.cache_dir)
+    source = WeightSource(directory, model_config, specs, ignored, settings.cache_dir)
     weights, weights_id = prepare_weights(source, config, ops, on_progress)
     model = architecture.build(model_config, weights, config.max_model_len, ops)
     kv_cache = allocate_kv_cache(model_config, config.num_blocks, config.kv_dtype, ops)

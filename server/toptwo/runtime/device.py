@@ -16,7 +16,7 @@ from toptwo.runtime.kv_cache import BLOCK_SIZE, kv_bytes_per_token
 from toptwo.runtime.memory import available_cpus, available_memory
 from toptwo.settings import Settings
 from toptwo_kernels import cpu
-from toptwo_kernels.ops import WeightFormat
+from toptwo_kernels.ops import HeadShape, KVShape, WeightFormat
 
 log = structlog.get_logger()
 
@@ -95,14 +95,23 @@ def choose_backend(settings: Settings, model: ModelConfig) -> str:
     problem = ""
     if not cpu.instruction_sets():
         problem = "the native CPU kernels were not built on this machine"
-    elif model.heads.head_dim % 8:
-        problem = f"the native CPU kernels do not compute a head dimension of {model.heads.head_dim}"
+    elif problem_of_shape := _problem_of(model.kv_shape):
+        problem = f"the native CPU kernels do not compute {problem_of_shape}"
     if not problem:
         return "cpu"
     if settings.backend == "cpu":
         raise StartupError(f"--backend cpu: {problem}")
     log.warning("falling back to the reference kernels, which are slow", reason=problem)
     return "reference"
+
+
+def _problem_of(shape: KVShape) -> str:
+    """What of a shape the native kernels' vectors of eight numbers do not fit; "" for nothing."""
+    if isinstance(shape, HeadShape):
+        return f"a head dimension of {shape.head_dim}" if shape.head_dim % 8 else ""
+    if shape.latent_dim % 8 or shape.rope_dim % 8:
+        return f"latent vectors of {shape.latent_dim} + {shape.rope_dim} numbers"
+    return ""
 
 
 def choose_quantization(settings: Settings, backend: str) -> str:

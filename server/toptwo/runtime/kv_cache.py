@@ -11,10 +11,10 @@ BLOCK_SIZE = 16  # tokens per block: small enough to share prefixes, large enoug
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token needs in all layers."""
-    return 2 * config.num_layers * config.heads.num_kv_heads * config.heads.head_dim * dtype.itemsize
+    """Bytes that one token needs in all layers."""
+    return config.num_layers * config.kv_shape.kv_size * dtype.itemsize
 
 
 def allocate_kv_cache(config: ModelConfig, num_blocks: int, dtype: torch.dtype, ops: Ops) -> list[KVCache]:
     """Room for `num_blocks` blocks in every layer."""
-    return [ops.allocate_kv(num_blocks, BLOCK_SIZE, config.heads, dtype) for _ in range(config.num_layers)]
+    return [ops.allocate_kv(num_blocks, BLOCK_SIZE, config.kv_shape, dtype) for _ in range(config.num_layers)]

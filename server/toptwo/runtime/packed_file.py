@@ -29,7 +29,7 @@ from toptwo_kernels.ops import Matrix, WeightFormat
 log = structlog.get_logger()
 
 MAGIC = b"toptwo packed weights\0\0\0"
-VERSION = 2  # of this file and of csrc/layout.h: raise it when either changes
+VERSION = 3  # of this file and of csrc/layout.h: raise it when either changes
 HEADER = struct.Struct("<24sIIQQ")  # magic, version; checksum, offset and size of the table
 PAGE = 4096
 

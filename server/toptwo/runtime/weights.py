@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from toptwo.models.checkpoint import Weights, WeightSpec
+from toptwo.models.checkpoint import ModelConfig, Weights, WeightSpec
+from toptwo.runtime.checkpoints.open import open_checkpoint
+from toptwo.runtime.checkpoints.protocol import Checkpoint
 from toptwo.runtime.device import RuntimeConfig
 from toptwo.runtime.formats import format_of
-from toptwo.runtime.loader import Checkpoint, load_weights
+from toptwo.runtime.loader import load_weights
 from toptwo.runtime.packed_file import PackedWriter, read_packed
 from toptwo_kernels import cpu
 from toptwo_kernels.ops import Matrix, Ops
@@ -28,6 +30,7 @@ class WeightSource:
     """A checkpoint, what of it is wanted, and where packed weights may go if not beside it."""
 
     directory: Path
+    model: ModelConfig
     specs: Sequence[WeightSpec]
     ignored: Sequence[str]
     cache_dir: Path
@@ -39,13 +42,13 @@ def prepare_weights(
     """Every weight of the model, and a name for their content. on_progress is told how many of how many
     are ready.
 
-    Raises StartupError for a checkpoint that is not what it should be.
+    Raises CheckpointError for a checkpoint that is not what it should be.
     """
-    with Checkpoint(source.directory) as checkpoint:
+    with open_checkpoint(source.directory, source.specs) as checkpoint:
         if config.backend != "cpu" or config.quantization == "none":
             weights = _pack(checkpoint, source, config, ops, on_progress)
             return weights, _identify(_checksums(weights))
-        fingerprint = _fingerprint(checkpoint, source.specs, config.quantization)
+        fingerprint = _fingerprint(checkpoint, source, config.quantization)
         path = _packed_path(source, config.quantization)
         packed = read_packed(path, fingerprint)
         if packed:
@@ -109,7 +112,7 @@ def _packed_path(source: WeightSource, quantization: str) -> Path:
     return source.cache_dir / "packed" / digest / name
 
 
-def _fingerprint(checkpoint: Checkpoint, specs: Sequence[WeightSpec], quantization: str) -> str:
-    """Changes when a weight file or what is made of it does."""
+def _fingerprint(checkpoint: Checkpoint, source: WeightSource, quantization: str) -> str:
+    """Changes when a weight file or what is made of it does, which the model's config may decide."""
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.paths]
-    return hashlib.sha256(repr((stats, specs, quantization)).encode()).hexdigest()
+    return hashlib.sha256(repr((stats, source.model, source.specs, quantization)).encode()).hexdigest()
