@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 from default_model.tiny_gguf import EXPERTS, FFN, HIDDEN, LAYERS, TEMPLATE, Kitchen
-from toptwo.default_model.gguf_weights import DenseGguf, split_halves
+from toptwo.default_model.gguf_weights import DenseGguf
+from toptwo.errors import CheckpointError
 
 
 def test_mixtral_equals_the_dense_model(kitchen: Kitchen) -> None:
@@ -95,14 +96,11 @@ def test_dequantiser_follows_the_block_format(kind: gguf.GGMLQuantizationType) -
     np.testing.assert_array_equal(gguf.dequantize(packed, kind).reshape(4, 32), np.stack(expected))
 
 
-def test_split_halves_sends_even_rows_first() -> None:
-    rows = np.arange(8, dtype=np.float32)[:, None]
-    assert split_halves(rows, num_heads=2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-
-
 def test_missing_metadata_is_named(kitchen: Kitchen) -> None:
-    with pytest.raises(KeyError, match=r"llama\.nonsense"):
-        DenseGguf(kitchen.wheel.parent / "tiny.gguf")._field("llama.nonsense")
+    path = kitchen.wheel.parent / "tiny.gguf"
+    path.write_bytes(path.read_bytes().replace(b"llama.block_count", b"llama.block_grape"))
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf: llama\.block_count is missing"):
+        DenseGguf(path)
 
 
 def test_transformers_reads_the_tokenizer(kitchen: Kitchen) -> None:

