@@ -141,6 +141,56 @@ def export_model(
     export(model[0] if model else None, out, kind, force, Console())
 
 
+@model_cli.command("convert")
+def convert_model(
+    *,
+    release: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CKPT_DIR", help="The release's directory, or its ckpt-0.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Directory to make.", show_default=False)],
+) -> None:
+    """Turn xai-org's release of Grok-1 into a checkpoint that can be served.
+
+    CKPT_DIR holds the 770 pickles tensor00000_000 and so on (318 GB); nothing in them is run. OUT_DIR gets
+    safetensors in bfloat16 (633 GB) and a config.json; a tokenizer.json has to be added.
+
+    Tested on small imitations of the release only, never on the release itself: which file holds which
+    parameter follows from how JAX numbers them, and every shape is checked.
+    """
+    from toptwo.model_commands.convert import convert  # it brings torch, like the other commands
+
+    convert(release, out, Console())
+
+
+@model_cli.command("inspect")
+def inspect_model(
+    *,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(metavar="GB/S", help="Read bandwidth of another machine; by default this one's."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(metavar="TOKENS", help="Tokens in the KV cache for the speeds (default: 4096, or all)."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Say what a model is, what it costs in each number format, and what serve would choose here.
+
+    Headers alone are read and nothing is downloaded. MODEL is a checkpoint directory, which needs no weights
+    beside its config.json, a GGUF file, or a hub id that was downloaded before; without it, the embedded
+    default model.
+    """
+    from toptwo.model_commands.inspect import InspectOptions
+    from toptwo.model_commands.inspect import inspect as inspect_headers
+
+    inspect_headers(InspectOptions(model, bandwidth, context, as_json), Console())
+
+
 @model_cli.command("quality")
 def measure_quality(
     *,
@@ -166,11 +216,11 @@ def measure_quality(
 
 
 def main() -> None:
-    """Entry point; ends with one line and status 1 when the server cannot run."""
+    """Entry point; what cannot run ends with one line, and status 2 if the model is to blame, else 1."""
     try:
         cli()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except StartupError as error:
         Console(stderr=True).print(f"toptwo: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
+        raise SystemExit(error.exit_code) from None

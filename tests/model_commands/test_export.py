@@ -24,13 +24,14 @@ from typer.testing import CliRunner
 import fakes
 from tiny import write_chat_mixtral
 from toptwo.cli import cli
-from toptwo.default_model.gguf_weights import split_halves
 from toptwo.errors import StartupError
+from toptwo.gguf.numbers import split_halves
 from toptwo.model_commands import export as export_module
 from toptwo.model_commands import gguf_file
 from toptwo.model_commands.export import EXPORT_TYPES, export
 from toptwo.models.registry import read_config
-from toptwo.runtime.loader import Checkpoint, load_weights
+from toptwo.runtime.checkpoints.open import open_checkpoint
+from toptwo.runtime.loader import load_weights
 
 LAYERS, HIDDEN, FFN, EXPERTS, HEADS, KV_HEADS, HEAD_DIM = 2, 64, 96, 3, 4, 2, 32
 SHAPE = {
@@ -117,7 +118,7 @@ def expected_weights(directory: Path) -> dict[str, NDArray[np.float32]]:
     architecture, config = read_config(directory)
     specs, ignored = architecture.weight_map(config), architecture.ignored_tensors(config)
     ours: dict[str, NDArray[np.float32]] = {}
-    with Checkpoint(directory) as files:
+    with open_checkpoint(directory, specs) as files:
         load_weights(
             files, specs, ignored, lambda spec, w: ours.update({spec.name: w.float().clone().numpy()})
         )

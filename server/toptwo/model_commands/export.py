@@ -6,25 +6,23 @@ Knows the types that can be written and the order of the steps. What is in the f
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 
 import gguf
 from gguf import GGMLQuantizationType as Format
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from toptwo.default_model.cache import flush, termination_as_error
 from toptwo.errors import StartupError
 from toptwo.model_commands.gguf_file import ExportType, GgufContent, write_gguf
 from toptwo.model_commands.gguf_layout import GgufTensor, tensors_of
 from toptwo.model_commands.gguf_vocabulary import read_vocabulary
+from toptwo.model_commands.staging import appearing, progress
 from toptwo.models.mixtral import MixtralConfig, ignored_tensors
 from toptwo.models.registry import read_config
-from toptwo.runtime.loader import DERIVED_SUFFIXES, Checkpoint
+from toptwo.runtime.checkpoints.open import open_checkpoint
+from toptwo.runtime.checkpoints.protocol import Checkpoint
+from toptwo.runtime.loader import DERIVED_SUFFIXES
 from toptwo.settings import load_settings
 from toptwo.source import ModelSource, find_model
 
@@ -57,7 +55,7 @@ def export(model: str | None, out: Path, kind: str, force: bool, console: Consol
 def export_source(source: ModelSource, out: Path, kind: ExportType, console: Console) -> None:
     """`export` for a model that was found, over whatever is at `out`."""
     directory = source.directory
-    _, config = read_config(directory)
+    architecture, config = read_config(directory)
     if not isinstance(config, MixtralConfig):
         raise StartupError(f"{directory}: only Mixtral checkpoints can be exported")
     vocabulary = read_vocabulary(directory, config.vocab_size)
@@ -68,13 +66,13 @@ def export_source(source: ModelSource, out: Path, kind: ExportType, console: Con
             markup=False,
             soft_wrap=True,
         )
-    with Checkpoint(directory) as checkpoint:
+    with open_checkpoint(directory, architecture.weight_map(config)) as checkpoint:
         content = GgufContent(source.name, kind, config, vocabulary, tensors_of(config, checkpoint.names))
         _check_tensors(checkpoint, content.tensors, ignored_tensors(config))
         total = sum(kind.bytes_of(tensor) for tensor in content.tensors)
-        with _appearing(out, total + METADATA_BYTES) as staged, _progress(console) as progress:
-            task = progress.add_task("Exporting", total=total)
-            write_gguf(content, checkpoint, staged, lambda size: progress.advance(task, size))
+        with appearing(out, total + METADATA_BYTES) as staged, progress(console) as bar:
+            task = bar.add_task("Exporting", total=total)
+            write_gguf(content, checkpoint, staged, lambda size: bar.advance(task, size))
     console.print(
         f"{out}: {len(content.tensors)} tensors, {out.stat().st_size / 1e9:.2f} GB",
         markup=False,
@@ -96,30 +94,3 @@ def _check_tensors(checkpoint: Checkpoint, tensors: list[GgufTensor], ignored: C
     for name in sorted(checkpoint.names - wanted.keys() - set(ignored)):
         if not name.endswith(DERIVED_SUFFIXES):
             raise StartupError(f"{checkpoint.directory}: the checkpoint has {name}, which is unknown")
-
-
-@contextmanager
-def _appearing(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """A name beside `out` to write to. It becomes `out` at the end, or is removed when something fails."""
-    staged = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        free = shutil.disk_usage(out.parent).free
-        if free < needed_bytes:
-            raise StartupError(
-                f"{out}: needs {needed_bytes / 1e9:.1f} GB of free disk, and there are {free / 1e9:.1f} GB"
-            )
-        with termination_as_error(str(out)):
-            yield staged
-            flush(staged)
-            staged.replace(out)
-    except OSError as error:
-        raise StartupError(f"{out}: could not be written: {error.strerror or error}") from error
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
-        yield progress

@@ -29,7 +29,7 @@ from toptwo.model_commands.gguf_layout import (
 )
 from toptwo.model_commands.gguf_vocabulary import Vocabulary, add_vocabulary
 from toptwo.models.mixtral import MixtralConfig
-from toptwo.runtime.loader import Checkpoint
+from toptwo.runtime.checkpoints.protocol import Checkpoint
 
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB as float32, of which quantising makes several copies
 

@@ -1,6 +1,6 @@
 """What a Mixtral becomes in a GGUF file: llama.cpp's names, shapes, order of rows and metadata.
 
-Knows both ways in which checkpoints name the experts, and llama.cpp's conventions for the architecture
+Knows the ways in which checkpoints name the experts, and llama.cpp's conventions for the architecture
 "llama". Must not know number formats, tokenizers or files.
 """
 
@@ -17,6 +17,7 @@ from toptwo.models.checkpoint import Index
 from toptwo.models.mixtral import MixtralConfig
 
 ARCHITECTURE = "llama"  # llama.cpp's Mixtral is a Llama with experts
+MIXTRAL_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 class Role(Enum):
@@ -87,10 +88,14 @@ def _layer(config: MixtralConfig, layer: int, names: Collection[str]) -> Iterato
     routers = [f"{source}.{room}.gate.weight" for room in ("mlp", "block_sparse_moe")]
     router = routers[0] if routers[0] in names else routers[1]
     yield _single(f"{block}.ffn_gate_inp", Role.FINE, (config.num_experts, hidden), router)
-    fused = f"{source}.mlp.experts.gate_up_proj" in names
+    layout = _per_expert
+    if f"{source}.mlp.experts.gate_up_proj" in names:
+        layout = _fused
+    elif f"{source}.block_sparse_moe.experts.w1.weight" in names:
+        layout = _stacked
     for matrix in ("gate", "up", "down"):
         shape = (hidden, config.expert_ffn_size) if matrix == "down" else (config.expert_ffn_size, hidden)
-        parts = (_fused if fused else _per_expert)(config, source, matrix)
+        parts = layout(config, source, matrix)
         yield GgufTensor(
             f"{block}.ffn_{matrix}_exps.weight", Role.MATRIX, (config.num_experts, *shape), parts
         )
@@ -107,13 +112,21 @@ def _fused(config: MixtralConfig, source: str, matrix: str) -> tuple[Part, ...]:
     return tuple(Part(name, whole, (expert, rows)) for expert in experts)
 
 
-def _per_expert(config: MixtralConfig, source: str, matrix: str) -> tuple[Part, ...]:
-    """Mixtral's own names: w1 is the gate, w3 is up, w2 is down."""
+def _stacked(config: MixtralConfig, source: str, matrix: str) -> tuple[Part, ...]:
+    """GGUF files have one tensor of all experts for each of the three."""
     ffn, hidden = config.expert_ffn_size, config.hidden_size
-    name = {"gate": "w1", "up": "w3", "down": "w2"}[matrix]
+    each = (hidden, ffn) if matrix == "down" else (ffn, hidden)
+    name = f"{source}.block_sparse_moe.experts.{MIXTRAL_NAMES[matrix]}.weight"
+    return (Part(name, (config.num_experts, *each)),)
+
+
+def _per_expert(config: MixtralConfig, source: str, matrix: str) -> tuple[Part, ...]:
+    ffn, hidden = config.expert_ffn_size, config.hidden_size
     whole = (hidden, ffn) if matrix == "down" else (ffn, hidden)
     experts = f"{source}.block_sparse_moe.experts"
-    return tuple(Part(f"{experts}.{e}.{name}.weight", whole) for e in range(config.num_experts))
+    return tuple(
+        Part(f"{experts}.{e}.{MIXTRAL_NAMES[matrix]}.weight", whole) for e in range(config.num_experts)
+    )
 
 
 def interleave_halves(weight: Tensor, num_heads: int) -> Tensor:
@@ -140,6 +153,6 @@ def add_hyperparameters(writer: gguf.GGUFWriter, config: MixtralConfig) -> None:
     writer.add_value_length(config.heads.head_dim)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_dimension_count(config.heads.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_freq_base(config.rope.theta)
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.experts_per_token)

@@ -14,15 +14,9 @@ from typing import Any
 import gguf
 
 from toptwo.errors import StartupError
+from toptwo.gguf.pre_tokenizers import UNNAMED, name_of
 from toptwo.text.checkpoint import read_json, read_json_if_present, read_text
 from toptwo.text.tokenizer import Tokenizer
-
-# How the text is cut, step by step -> llama.cpp's name for it (tokenizer.ggml.pre).
-PRE_TOKENIZERS = {
-    ("ByteLevel",): "gpt-2",
-    ("Digits", "ByteLevel"): "smollm",
-}
-UNKNOWN_PRE_TOKENIZER = "default"
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class Vocabulary:
     @property
     def is_exact(self) -> bool:
         """Whether llama.cpp is known to cut text as the model's own tokenizer does."""
-        return self.pre != UNKNOWN_PRE_TOKENIZER
+        return self.pre != UNNAMED
 
 
 def read_vocabulary(directory: Path, vocab_size: int) -> Vocabulary:
@@ -66,7 +60,7 @@ def read_vocabulary(directory: Path, vocab_size: int) -> Vocabulary:
         tokens=[texts.get(index, f"[PAD{index}]") for index in range(vocab_size)],
         types=[types.get(index, gguf.TokenType.UNUSED) for index in range(vocab_size)],
         merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
-        pre=_pre_tokenizer(steps),
+        pre=name_of(steps, bool(model.get("ignore_merges"))) or UNNAMED,
         roles=_roles(tokenizer, ids),
         template=_chat_template(directory),
     )
@@ -104,18 +98,10 @@ def _tokens(content: Mapping[str, Any]) -> tuple[dict[str, int], dict[int, gguf.
     return ids, types
 
 
-def _steps(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+def _steps(pre_tokenizer: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     if pre_tokenizer is None:
         return []
     return list(pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer])
-
-
-def _pre_tokenizer(steps: list[Mapping[str, Any]]) -> str:
-    # Each of these changes how text is cut; llama.cpp's names stand for one setting of them.
-    expected = {"individual_digits": True, "add_prefix_space": False, "use_regex": True}
-    usual = all(step.get(key, value) == value for step in steps for key, value in expected.items())
-    kinds = tuple(step["type"] for step in steps)
-    return PRE_TOKENIZERS.get(kinds, UNKNOWN_PRE_TOKENIZER) if usual else UNKNOWN_PRE_TOKENIZER
 
 
 def _roles(tokenizer: Tokenizer, ids: Mapping[str, int]) -> dict[str, int]:
