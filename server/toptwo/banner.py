@@ -42,7 +42,13 @@ def print_banner(
         _print(console, f"  {label:<10}{text}")
 
 
-def print_key(console: Console, key: LocalKey | None, url: str, model: str) -> None:
+def print_chat_off(console: Console) -> None:
+    """What a model without a chat template can be asked for."""
+    _print(console, f"  {'chat':<10}off: the model has no chat template; completions work,")
+    _print(console, f"  {'':<10}and --chat-template FILE gives it one")
+
+
+def print_key(console: Console, key: LocalKey | None, url: str, model: str, *, has_chat: bool = True) -> None:
     """The key, if it was made by this start, and a line to copy that tries it."""
     if key is None:
         _print(console, f"  {'key':<10}as configured")
@@ -55,13 +61,15 @@ def print_key(console: Console, key: LocalKey | None, url: str, model: str) -> N
     else:
         _print(console, f"  {'key':<10}the one in {key.path}")
         bearer = f"$(cat {shlex.quote(str(key.path))})"
-    question = {"role": "user", "content": "What is the capital of France?"}
-    body = json.dumps(
-        {"model": model, "messages": [question], "temperature": 0.2, "max_tokens": 100, "stream": True}
-    )
+    if has_chat:
+        path, question = "chat/completions", "What is the capital of France?"
+        asked: dict[str, object] = {"messages": [{"role": "user", "content": question}]}
+    else:
+        path, asked = "completions", {"prompt": "The capital of France is"}
+    body = json.dumps({"model": model, **asked, "temperature": 0.2, "max_tokens": 100, "stream": True})
     _print(
         console,
-        f'\nTry it:\n\n  curl -N {url}/chat/completions -H "Authorization: Bearer {bearer}" '
+        f'\nTry it:\n\n  curl -N {url}/{path} -H "Authorization: Bearer {bearer}" '
         f"-H 'Content-Type: application/json' -d {shlex.quote(body)}\n",
     )
 

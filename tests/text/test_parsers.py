@@ -23,7 +23,8 @@ from toptwo.text.parsers import (
 from toptwo.text.tools import ToolFormat
 
 HERMES, MISTRAL, LLAMA3 = ToolFormat("hermes"), ToolFormat("mistral"), ToolFormat("llama3")
-FORMATS = pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA3], ids=lambda form: form.name)
+GRANITE = ToolFormat("granite")
+FORMATS = pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA3, GRANITE], ids=lambda form: form.name)
 THINK = ReasoningFormat("<think>", "</think>")
 
 # What an answer comes to: texts as they are, ("think", text) and (name, arguments).
@@ -127,6 +128,18 @@ def test_hermes(text: str, expected: Told) -> None:
 )
 def test_mistral(text: str, expected: Told) -> None:
     assert parse(MISTRAL, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"<|tool_call|>[{CALL}, {CALL}]", [GOT, GOT]),
+        (f"Well. <|tool_call|> [{CALL}]", ["Well.", GOT]),
+        ("<|tool_call|>[]", ["<|tool_call|>[]"]),
+    ],
+)
+def test_granite(text: str, expected: Told) -> None:
+    assert parse(GRANITE, text) == expected
 
 
 LLAMA_CALL = '{"name": "get", "parameters": {"a": 1}}'
@@ -272,6 +285,7 @@ PARTS = [
         "[ARGS]",
         "[CALL_ID]",
         "<|python_tag|>",
+        "<|tool_call|>",
     ),
     *(CALL, LLAMA_CALL, '{"name": ', '"f"', ', "arguments": ', ', "parameters": ', '"{}"', '"{\\"a\\": 1}"'),
     *("{", "}", "[", "]", ",", ":", ";", '"', "\\", " ", "\n", "<", "</", "f", "1", "é", "Hello"),

@@ -159,18 +159,45 @@ def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sources_in_their_order(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="no chat template"):
-        ChatTemplate.load(tmp_path, {})
+    assert ChatTemplate.load(tmp_path, {}) is None
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps(
             {"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}
         )
     )
-    assert ChatTemplate.load(tmp_path, {}).render([USER]) == "d"
+    assert loaded(tmp_path) == "d"
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "j"}))
-    assert ChatTemplate.load(tmp_path, {}).render([USER]) == "j"
+    assert loaded(tmp_path) == "j"
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}f")
-    assert ChatTemplate.load(tmp_path, {"bos_token": "<s>"}).render([USER]) == "<s>f"
+    assert loaded(tmp_path) == "<s>f"
+    (tmp_path / "mine.txt").write_text("{{ bos_token }}m")
+    assert loaded(tmp_path, tmp_path / "mine.txt") == "<s>m"
+
+
+def loaded(directory: Path, override: Path | None = None) -> str:
+    """What the template that is found makes of a message."""
+    template = ChatTemplate.load(directory, {"bos_token": "<s>"}, override)
+    assert template
+    return template.render([USER])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "no such file"), (b"\xff", "cannot be read"), (b"{% if %}", "is not a valid chat template")],
+)
+def test_a_bad_override_is_named_at_start(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    (tmp_path / "chat_template.jinja").write_text("the model's own")
+    path = tmp_path / "mine.jinja"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StartupError, match=rf"mine\.jinja: {reason}") as caught:
+        ChatTemplate.load(tmp_path, {}, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_template_looks_up() -> None:
+    template = ChatTemplate("{% if enable_thinking is defined %}{{ messages }}{% endif %}{# effort #}", {})
+    assert template.variables == {"enable_thinking", "messages"}
 
 
 @pytest.mark.parametrize("value", [5, [], [{"name": "other", "template": "t"}], "{% if %}", "{{"])

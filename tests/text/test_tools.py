@@ -95,12 +95,13 @@ VOCABULARIES = {
     "plain tokens": vocabulary(("<tool_call>", "</tool_call>", "[TOOL_CALLS]", END), special=False),
     "control tokens": vocabulary(("<tool_call>", "</tool_call>", "[TOOL_CALLS]", END), special=True),
     "names first": vocabulary(("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>", END), special=True),
+    "granite's token": vocabulary(("<|tool_call|>", END), special=True),
     "fallback": vocabulary(("[TOOL_CALLS]", END), special=True, fallback=True),
 }
 
 
 @pytest.mark.parametrize("inner", VOCABULARIES.values(), ids=VOCABULARIES)
-@pytest.mark.parametrize("name", ["hermes", "mistral", "llama3"])
+@pytest.mark.parametrize("name", ["hermes", "mistral", "llama3", "granite"])
 @pytest.mark.parametrize("parallel", [False, True])
 def test_forced_calls_are_read_back(inner: tokenizers.Tokenizer, name: str, parallel: bool) -> None:
     form = ToolFormat(name, ids_of(inner))  # type: ignore[arg-type]
@@ -130,6 +131,7 @@ def test_calls_come_to_an_end() -> None:
         ("hermes", {}, '<tool_call>\n{"name": "stop-all", "arguments": {}}\n</tool_call>'),
         ("mistral", {}, '[TOOL_CALLS] [{"name": "stop-all", "arguments": {}}]'),
         ("llama3", {}, '{"name": "stop-all", "parameters": {}}'),
+        ("granite", {}, '<|tool_call|>[{"name": "stop-all", "arguments": {}}]'),
     ],
 )
 def test_the_spelling(name: str, token_ids: dict[str, int], expected: str) -> None:
@@ -165,6 +167,7 @@ def test_formats_are_detected(source: str, name: str) -> None:
 
 def test_detection_by_a_marker() -> None:
     assert detect_tool_format("{{ tools }} <|python_tag|>", {}).name == "llama3"
+    assert detect_tool_format("{{ tools }} <|tool_call|>", {}).name == "granite"
     assert detect_tool_format(CHATML, {"[TOOL_CALLS]": 7}) == ToolFormat("hermes", {"[TOOL_CALLS]": 7})
 
 

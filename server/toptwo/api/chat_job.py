@@ -16,38 +16,39 @@ from toptwo.api.tool_schema import ToolChoiceObject, mode_of
 from toptwo.errors import ApiError
 from toptwo.messages import LogprobsWanted
 from toptwo.text.grammar import GrammarError
+from toptwo.text.harmony import EFFORTS
 from toptwo.text.model import ServedModel
 from toptwo.text.template import Message
 from toptwo.text.tools import Tool
 
 
 def chat_job(chat: ChatCompletionRequest, ticket: JobTicket, workshop: Workshop) -> GenerationJob:
-    """Render, tokenise and compile. Slow for long chats: call it in a thread.
+    """Render and tokenise. Slow for long chats: call it in a thread.
 
     Raises ApiError (400) when the template refuses the messages, they do not fit, or a schema is bad.
     """
     model = workshop.model
     mode, tools = mode_of(chat.tool_choice, chat.tools), _tools(chat)
-    variables = {} if chat.enable_thinking is None else {"enable_thinking": chat.enable_thinking}
-    prompt = model.prompt_of(_messages(chat), tools if mode != "none" else (), variables)
+    prompt = model.prompt_of(_messages(chat), tools if mode != "none" else (), _variables(chat, model))
     grammar, param = _grammar(chat, model)
+    # A grammar holds from the first token on, and leaves room for thoughts in Harmony only.
+    has_thoughts = grammar is None or model.harmony is not None
     order = Order(
         prompt_ids=prompt.ids,
         max_tokens=fit(len(prompt.ids), chat.most_tokens, workshop.max_model_len, param="messages"),
         num_choices=chat.num_choices,
         grammar=grammar,
-        grammar_param=param,
         logprobs=LogprobsWanted(output=(chat.top_logprobs or 0) if chat.logprobs else None),
     )
     form = OutputForm(
         stops=chat.stops,
         tool_format=None if mode == "none" else model.tool_format,
-        # A grammar holds from the first token on and leaves no room for thoughts.
-        reasoning=model.reasoning if grammar is None and chat.separate_reasoning is not False else None,
-        in_reasoning=prompt.in_reasoning and grammar is None,
+        reasoning=model.reasoning if has_thoughts and chat.separate_reasoning is not False else None,
+        harmony=model.harmony,
+        in_reasoning=prompt.in_reasoning and has_thoughts,
         parallel_calls=chat.parallel_tool_calls is not False,
     )
-    return GenerationJob(make_requests(chat, order, ticket, workshop), form)
+    return GenerationJob(make_requests(chat, order, ticket, workshop), form, param)
 
 
 def _tools(chat: ChatCompletionRequest) -> list[Tool]:
@@ -61,14 +62,37 @@ def _tools(chat: ChatCompletionRequest) -> list[Tool]:
     return tools
 
 
+def _variables(chat: ChatCompletionRequest, model: ServedModel) -> dict[str, Any]:
+    """What the template may look up. Raises ApiError (400) for an effort that the model does not know."""
+    variables = dict(chat.chat_template_kwargs or {})
+    if chat.enable_thinking is not None:
+        variables["enable_thinking"] = chat.enable_thinking
+    effort = chat.reasoning_effort
+    if effort == "none" and not model.looks_up("reasoning_effort"):
+        variables.setdefault("enable_thinking", False)
+    elif effort is not None:
+        if not model.looks_up("reasoning_effort"):
+            raise _bad_effort("This model has no such setting.")
+        if model.harmony is not None and effort not in EFFORTS:
+            raise _bad_effort(f"Supported values for this model: {', '.join(EFFORTS)}.")
+        variables["reasoning_effort"] = effort
+    return variables
+
+
+def _bad_effort(rule: str) -> ApiError:
+    message = f"Invalid value for 'reasoning_effort': {rule}"
+    return ApiError(message, param="reasoning_effort", code="unsupported_parameter")
+
+
 def _grammar(chat: ChatCompletionRequest, model: ServedModel) -> tuple[str | None, str]:
-    """The grammar of the answer, if it has one, and the field that it comes from."""
+    """The grammar of all that is generated, if there is one, and the field that it comes from."""
     if mode_of(chat.tool_choice, chat.tools) != "required":
-        return output_grammar(chat, chat.response_format)
+        grammar, param = output_grammar(chat, chat.response_format)
+        return (None if grammar is None else model.answer_grammar(grammar)), param
     named = isinstance(chat.tool_choice, ToolChoiceObject) and chat.tool_choice.function is not None
     parallel = chat.parallel_tool_calls is not False and not named
     try:
-        return model.tool_format.grammar(_tools(chat), parallel=parallel), "tools"
+        return model.call_grammar(_tools(chat), parallel=parallel), "tools"
     except GrammarError as error:
         raise ApiError(f"Invalid value for 'tools': {error}", param="tools", code="invalid_value") from None
 

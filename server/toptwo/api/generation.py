@@ -1,13 +1,13 @@
 """One job from the engine's tokens to the pieces of an answer: the only path, streamed or not.
 
-Knows the model's words, the engine's events, stop strings and parsers; must not know HTTP or how an
+Knows the model's words, the engine's events and the readers of answers; must not know HTTP or how an
 answer is written. Whoever closes or cancels `generate` aborts its requests in the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
@@ -15,15 +15,17 @@ from typing import Literal
 import structlog
 
 from toptwo.api.events import EventFeed, engine_failed
-from toptwo.api.job import GenerationJob, OutputForm
+from toptwo.api.job import GenerationJob, OutputForm, num_together
 from toptwo.api.merging import merge
 from toptwo.api.token_text import TokenReport, report_tokens
 from toptwo.engine.client import Engine
 from toptwo.errors import ApiError
 from toptwo.messages import GenerateRequest, TokenEvent
 from toptwo.text.detokenizer import Detokenizer
+from toptwo.text.harmony_reader import HarmonyReader
 from toptwo.text.model import ServedModel
-from toptwo.text.parsers import OutputParser, Piece, ToolCallStart, make_parser
+from toptwo.text.parsers import Piece, ToolCallStart, make_parser
+from toptwo.text.readers import AnswerReader, TextReader
 from toptwo.text.stops import StopMatcher
 
 log = structlog.get_logger()
@@ -63,15 +65,20 @@ class Delta:
     stop: str | None = None
 
 
-def generate(engine: Engine, model: ServedModel, job: GenerationJob) -> AsyncGenerator[Delta, None]:
+def generate(
+    engine: Engine, model: ServedModel, job: GenerationJob, overloaded: Callable[[], ApiError]
+) -> AsyncGenerator[Delta, None]:
     """The answer in pieces, all choices mixed; tokens that are waiting together come as one delta.
 
-    Raises ApiError at an iteration: 503 when no engine is ready, 500 when it fails.
+    overloaded: the error for a request that has waited too long for its turn in the engine.
+    Raises ApiError at an iteration: 503 when no engine is ready, or none in time, 500 when it fails.
     """
-    if len(job.requests) == 1:
-        return _choice(engine, model, job, 0)
-    begun = asyncio.Event()
-    return merge([_later_choice(engine, model, job, at, begun) for at in range(len(job.requests))])
+    choices = [_choice(engine, model, job, at, overloaded) for at in range(len(job.requests))]
+    if len(choices) == 1:
+        return choices[0]
+    most = len(choices) if engine.info is None else num_together(job, engine.info)
+    order = _Order(asyncio.Event(), asyncio.Semaphore(most))
+    return merge([_in_order(choice, order, is_first=at == 0) for at, choice in enumerate(choices)])
 
 
 def add_up(usages: list[Usage]) -> Usage:
@@ -94,12 +101,7 @@ class _Choice:
         self._request = request
         self._form = form
         self._stop_token_ids = frozenset(request.stop_token_ids)
-        before = request.prompt_ids[-_LOOK_BACK:] if form.continues else ()
-        self._detokenizer = Detokenizer(model.tokenizer, _shown_ids(model, form), before)
-        self._stops = StopMatcher(form.stops)
-        self._parser: OutputParser = make_parser(
-            form.tool_format, form.reasoning, starts_in_reasoning=form.in_reasoning
-        )
+        self._reader = _reader(model, request, form)
         self.failure: ApiError | None = None
         self.num_tokens = 0
         self._num_thoughts = 0
@@ -107,17 +109,14 @@ class _Choice:
 
     def take(self, event: TokenEvent) -> Delta:
         """The delta of an event. `failure` is set when the engine gave the request up."""
-        thinking = self._parser.in_reasoning
+        thinking = self._reader.in_reasoning
         self.num_tokens += len(event.token_ids)
         self._num_cached = max(self._num_cached, event.num_cached_tokens)
         shown = event.token_ids
         if event.finish_reason == "stop" and shown and shown[-1] in self._stop_token_ids:
             shown = shown[:-1]  # it may be an ordinary token with a text
-        text = self._stops.push(self._detokenizer.push(shown))
-        if event.finish_reason is not None:
-            text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
-        ended = "stop" if self._stops.matched else event.finish_reason
-        pieces = self._parser.push(text) + (self._parser.flush() if ended is not None else [])
+        pieces = self._reader.read(shown, last=event.finish_reason is not None)
+        ended = event.finish_reason if self._reader.stop is None else "stop"
         if thinking:
             self._num_thoughts += len(event.token_ids)
         if not self._form.parallel_calls and any(isinstance(p, ToolCallStart) and p.index for p in pieces):
@@ -132,13 +131,13 @@ class _Choice:
             report_tokens(self._model.tokenizer, self._request.prompt_ids[1:], event.prompt_logprobs),
             self._reason(ended),
             self._usage() if ended in ("stop", "length") else None,
-            self._stops.matched,
+            self._reader.stop,
         )
 
     def _reason(self, ended: str | None) -> FinishReason | None:
         match ended:
             case "stop":
-                return "tool_calls" if self._parser.num_tool_calls else "stop"
+                return "tool_calls" if self._reader.num_tool_calls else "stop"
             case "length":
                 return "length"
             case _:
@@ -149,15 +148,30 @@ class _Choice:
         return Usage(len(self._request.prompt_ids), self.num_tokens, self._num_cached, thoughts)
 
 
+@dataclass(frozen=True)
+class _Order:
+    """How the choices of one answer wait for one another.
+
+    begun: the first one has computed the prompt, whose blocks the others share.
+    turns: as many as find room in the engine together.
+    """
+
+    begun: asyncio.Event
+    turns: asyncio.Semaphore
+
+
 async def _choice(
-    engine: Engine, model: ServedModel, job: GenerationJob, index: int
+    engine: Engine, model: ServedModel, job: GenerationJob, index: int, overloaded: Callable[[], ApiError]
 ) -> AsyncGenerator[Delta, None]:
     request = job.requests[index]
     choice = _Choice(model, request, job.form, index)
     feed = EventFeed(engine, request)
     try:
         while True:
-            delta = choice.take(await feed.next())
+            event = await feed.next()
+            if event.finish_reason == "overload":
+                raise overloaded()
+            delta = choice.take(event)
             if delta.pieces or delta.reports or delta.prompt_reports or delta.finish_reason:
                 yield delta
             if choice.failure:
@@ -171,16 +185,34 @@ async def _choice(
         await feed.close()
 
 
-async def _later_choice(
-    engine: Engine, model: ServedModel, job: GenerationJob, index: int, begun: asyncio.Event
+async def _in_order(
+    choice: AsyncGenerator[Delta, None], order: _Order, *, is_first: bool
 ) -> AsyncGenerator[Delta, None]:
-    """A choice, of many, that waits until the first one has computed the prompt, whose blocks it shares."""
-    if index > 0:
-        await begun.wait()
-    async with aclosing(_choice(engine, model, job, index)) as deltas:
+    """A choice, of many, when its turn has come."""
+    if not is_first:
+        await order.begun.wait()
+    async with order.turns, aclosing(choice) as deltas:
         async for delta in deltas:
-            begun.set()
+            order.begun.set()
             yield delta
+
+
+def _reader(model: ServedModel, request: GenerateRequest, form: OutputForm) -> AnswerReader:
+    """What takes the answer apart."""
+    if form.harmony is not None:
+        return HarmonyReader(
+            form.harmony,
+            model.tokenizer,
+            form.stops,
+            with_thoughts=form.reasoning is not None,
+            with_calls=form.tool_format is not None,
+        )
+    before = request.prompt_ids[-_LOOK_BACK:] if form.continues else ()
+    return TextReader(
+        Detokenizer(model.tokenizer, _shown_ids(model, form), before),
+        StopMatcher(form.stops),
+        make_parser(form.tool_format, form.reasoning, starts_in_reasoning=form.in_reasoning),
+    )
 
 
 def _shown_ids(model: ServedModel, form: OutputForm) -> frozenset[int]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from toptwo.api.sampling_schema import SamplingFields
 from toptwo.errors import ApiError
-from toptwo.messages import GenerateRequest, Grammar, LogprobsWanted, SamplingParams
-from toptwo.text.grammar import GrammarChecker, GrammarError
+from toptwo.messages import EngineInfo, GenerateRequest, Grammar, LogprobsWanted, SamplingParams
+from toptwo.text.harmony import Harmony
 from toptwo.text.model import ServedModel
 from toptwo.text.parsers import ReasoningFormat
 from toptwo.text.tools import ToolFormat
@@ -27,6 +27,8 @@ class OutputForm:
     """How generated text becomes an answer.
 
     tool_format, reasoning: what calls and thoughts look like; None where they are plain text.
+    harmony: where the answer is in that format; tool_format and reasoning then say only whether calls and
+        thoughts are told apart.
     in_reasoning: whether the prompt ends inside a thought.
     parallel_calls: whether an answer may have more than one call.
     continues: whether the text goes on where the prompt ends, instead of answering it.
@@ -35,6 +37,7 @@ class OutputForm:
     stops: tuple[str, ...] = ()
     tool_format: ToolFormat | None = None
     reasoning: ReasoningFormat | None = None
+    harmony: Harmony | None = None
     in_reasoning: bool = False
     parallel_calls: bool = True
     continues: bool = False
@@ -42,10 +45,14 @@ class OutputForm:
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """What one answer needs. All requests have the same prompt; there is one per choice."""
+    """What one answer needs. All requests have the same prompt; there is one per choice.
+
+    grammar_param: the caller's field that their grammar comes from; whether it can be used is still to check.
+    """
 
     requests: tuple[GenerateRequest, ...]
     form: OutputForm
+    grammar_param: str = "response_format"
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,9 @@ class JobTicket:
 
 @dataclass(frozen=True)
 class Workshop:
-    """What turns requests into jobs: the model's words, the checker of grammars, the engine's context."""
+    """What turns requests into jobs: the model's words, the engine's context."""
 
     model: ServedModel
-    grammars: GrammarChecker
     max_model_len: int
 
 
@@ -73,28 +79,23 @@ class Order:
     max_tokens: int
     num_choices: int
     grammar: str | None = None
-    grammar_param: str = "response_format"  # the field to name when it is refused
     logprobs: LogprobsWanted = NO_LOGPROBS
 
 
 def make_requests(
     fields: SamplingFields, order: Order, ticket: JobTicket, workshop: Workshop
 ) -> tuple[GenerateRequest, ...]:
-    """One engine request per choice. Call it in a thread: a grammar is compiled.
-
-    Raises ApiError (400).
-    """
+    """One engine request per choice. Raises ApiError (400)."""
     model = workshop.model
     stop_token_ids = [] if fields.ignore_eos else list(model.stop_token_ids)
     stop_token_ids += fields.stop_token_ids or []
-    grammar = None
-    if order.grammar is not None:
-        grammar = _checked(order, workshop)
+    grammar = None if order.grammar is None else Grammar(order.grammar, list(model.stop_token_ids))
+    prompt_ids = list(order.prompt_ids)  # one list for all choices: prompts can be long
     sampling = _sampling(fields, model)
     return tuple(
         GenerateRequest(
             request_id=ticket.request_id if index == 0 else f"{ticket.request_id}-{index}",
-            prompt_ids=list(order.prompt_ids),
+            prompt_ids=prompt_ids,
             sampling=_reseeded(sampling, index),
             max_tokens=order.max_tokens,
             stop_token_ids=stop_token_ids,
@@ -104,6 +105,20 @@ def make_requests(
         )
         for index in range(order.num_choices)
     )
+
+
+def num_together(job: GenerationJob, info: EngineInfo) -> int:
+    """How many of a job's choices find room in the KV cache together at their full length; at least 1.
+
+    Choices share the full blocks of their prompt. The others wait for one of these to end: they would only
+    take blocks from one another, and from other callers.
+    """
+    first = job.requests[0]
+    num_prompt = len(first.prompt_ids)
+    shares = info.prefix_caching and first.logprobs.prompt is None
+    shared = (num_prompt - 1) // info.block_size if shares else 0
+    own = -(-(num_prompt + first.max_tokens) // info.block_size) - shared
+    return max(1, (info.num_blocks - shared) // own)
 
 
 def fit(num_prompt: int, most_tokens: int | None, max_model_len: int, *, param: str) -> int:
@@ -123,16 +138,6 @@ def fit(num_prompt: int, most_tokens: int | None, max_model_len: int, *, param: 
             " completion). Please reduce the length of the messages or completion."
         )
     raise ApiError(message, param=param, code="context_length_exceeded")
-
-
-def _checked(order: Order, workshop: Workshop) -> Grammar:
-    source = order.grammar or ""
-    try:
-        workshop.grammars.check(source)
-    except GrammarError as error:
-        message = f"Invalid value for '{order.grammar_param}': {error}"
-        raise ApiError(message, param=order.grammar_param, code="invalid_value") from None
-    return Grammar(source, list(workshop.model.stop_token_ids))
 
 
 def _sampling(fields: SamplingFields, model: ServedModel) -> SamplingParams:

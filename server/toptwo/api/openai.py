@@ -41,7 +41,8 @@ class OpenAIEndpoints:
         chat = parsed.request
         self.service.require_model(chat.model)
         head = self.service.head("chatcmpl")
-        headers = ignored_header(parsed.ignored)
+        unused = (name for name in chat.chat_template_kwargs or () if not self.service.model.looks_up(name))
+        headers = ignored_header([*parsed.ignored, *(f"chat_template_kwargs.{name}" for name in unused)])
         job = await self.service.prepare(
             request, head.completion_id, lambda ticket, workshop: chat_job(chat, ticket, workshop)
         )
@@ -60,8 +61,14 @@ class OpenAIEndpoints:
 
 def openai_router(endpoints: OpenAIEndpoints, authenticate: Authenticator) -> APIRouter:
     """The routes, without a prefix: they are mounted under several. Every one needs a key."""
+    admit = endpoints.service.admission.hold
     router = APIRouter(dependencies=[Depends(authenticate)], tags=["openai"])
-    router.add_api_route("/chat/completions", endpoints.create_chat_completion, methods=["POST"])
+    router.add_api_route(
+        "/chat/completions",
+        endpoints.create_chat_completion,
+        methods=["POST"],
+        dependencies=[Depends(admit)],
+    )
     router.add_api_route("/models", endpoints.list_models, methods=["GET"])
     router.add_api_route("/models/{model_id:path}", endpoints.retrieve_model, methods=["GET"])
     return router

@@ -87,7 +87,6 @@ CHAT_REQUEST = ParameterTable(
         "functions": any_of([]),
         "modalities": any_of(["text"]),
         "moderation": any_of(),
-        "reasoning_effort": any_of("none"),
         "verbosity": any_of("medium"),
         "web_search_options": any_of(),
     },

@@ -14,17 +14,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from toptwo.api.body import run_while_connected
-from toptwo.api.chat_job import chat_job
-from toptwo.api.chat_translation import renamed
+from toptwo.api.chat_translation import translated_job
 from toptwo.api.job import GenerationJob, JobTicket, Workshop
 from toptwo.api.named_events import named_events, write_whole
-from toptwo.api.responses_chat import NAMES, chat_of
+from toptwo.api.responses_chat import NAMES, Abilities, chat_of
 from toptwo.api.responses_schema import ResponsesRequest
 from toptwo.api.responses_writer import ResponseWriter
 from toptwo.api.security import Authenticator
 from toptwo.api.service import Service, ignored_header
 from toptwo.api.sse import EventStream
-from toptwo.errors import ApiError
 
 
 @dataclass(frozen=True)
@@ -40,14 +38,13 @@ class ResponsesEndpoint:
         self.service.require_model(wanted.model)
         head = self.service.head("resp")
         head = replace(head, completion_id=head.completion_id.replace("-", "_", 1))
-        can_think = self.service.model.reasoning is not None
-        headers = ignored_header(parsed.ignored)
+        model = self.service.model
+        abilities = Abilities(model.reasoning is not None, model.looks_up("reasoning_effort"))
+        ignored = [name for name in parsed.ignored if not abilities.effort or name != "reasoning.effort"]
+        headers = ignored_header(ignored)
 
         def make_job(ticket: JobTicket, workshop: Workshop) -> GenerationJob:
-            try:
-                return chat_job(chat_of(wanted, can_think=can_think), ticket, workshop)
-            except ApiError as error:
-                raise renamed(error, NAMES) from None
+            return translated_job(chat_of(wanted, abilities), ticket, workshop, NAMES)
 
         job = await self.service.prepare(request, head.completion_id, make_job)
         deltas = self.service.deltas(job)
@@ -61,6 +58,6 @@ class ResponsesEndpoint:
 
 def responses_router(service: Service, authenticate: Authenticator) -> APIRouter:
     """The route, without a prefix. It needs a key."""
-    router = APIRouter(dependencies=[Depends(authenticate)], tags=["openai"])
+    router = APIRouter(dependencies=[Depends(authenticate), Depends(service.admission.hold)], tags=["openai"])
     router.add_api_route("/responses", ResponsesEndpoint(service).create_response, methods=["POST"])
     return router

@@ -5,6 +5,7 @@ Knows both shapes; must not know HTTP, the engine or how an answer is written.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from toptwo.api.chat_translation import chat_request
@@ -22,6 +23,7 @@ from toptwo.api.schemas import ChatCompletionRequest
 NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "messages": "input",
+    "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
     "response_format.json_schema.name": "text.format.name",
     "response_format.json_schema.schema": "text.format.schema",
@@ -29,7 +31,15 @@ NAMES = {
 }
 
 
-def chat_of(request: ResponsesRequest, *, can_think: bool) -> ChatCompletionRequest:
+@dataclass(frozen=True)
+class Abilities:
+    """What the model makes of a wish to think: whether it can, and whether an effort means anything to it."""
+
+    thoughts: bool
+    effort: bool
+
+
+def chat_of(request: ResponsesRequest, abilities: Abilities) -> ChatCompletionRequest:
     """The conversation that asks for the same answer. Raises ApiError (400)."""
     effort = None if request.reasoning is None else request.reasoning.effort
     return chat_request(
@@ -45,7 +55,8 @@ def chat_of(request: ResponsesRequest, *, can_think: bool) -> ChatCompletionRequ
             "tool_choice": _tool_choice(request),
             "parallel_tool_calls": request.parallel_tool_calls,
             "response_format": _response_format(request),
-            "enable_thinking": effort != "none" if effort and can_think else None,
+            "enable_thinking": effort != "none" if effort and abilities.thoughts else None,
+            "reasoning_effort": effort if abilities.effort else None,
         },
         NAMES,
     )

@@ -243,7 +243,7 @@ class TextOptions(StrictModel):
 
 
 class ReasoningOptions(StrictModel):
-    """Whether to think; "none" is no thought, and all other efforts are the model's own."""
+    """Whether to think, "none" is no thought, and how much, where the model's template knows efforts."""
 
     table: ClassVar[ParameterTable] = ParameterTable(
         neutral=dict.fromkeys(("context", "generate_summary", "mode", "summary"), anything)

@@ -5,9 +5,9 @@ Knows the shape of the request; must not know HTTP, the model or the engine.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from toptwo.api.message_schema import ChatMessage
 from toptwo.api.output_grammar import check_one_grammar
@@ -17,6 +17,11 @@ from toptwo.api.strict import contradiction
 from toptwo.api.tool_schema import ResponseFormat, ToolChoice, ToolParameter, check_tool_choice, mode_of
 
 MOST_MESSAGES = 10_000
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+TemplateVariables = Annotated[
+    dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")], Any],
+    Field(max_length=32),
+]
 
 
 class ChatCompletionRequest(SamplingFields):
@@ -34,6 +39,10 @@ class ChatCompletionRequest(SamplingFields):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     enable_thinking: bool | None = Field(None, description="For models that can think before they answer.")
+    reasoning_effort: Effort | None = Field(None, description="For models whose template knows efforts.")
+    chat_template_kwargs: TemplateVariables | None = Field(
+        None, description="What the model's template may look up besides the messages and tools."
+    )
     separate_reasoning: bool | None = Field(None, description="Whether thoughts go to reasoning_content.")
 
     @model_validator(mode="after")
@@ -44,6 +53,10 @@ class ChatCompletionRequest(SamplingFields):
             raise contradiction("max_tokens", "It contradicts max_completion_tokens; give one of them.")
         if self.top_logprobs is not None and not self.logprobs:
             raise contradiction("top_logprobs", "It is only allowed when logprobs is true.")
+        for name in ("enable_thinking", "reasoning_effort"):
+            given = (self.chat_template_kwargs or {}).get(name)
+            if None not in (given, getattr(self, name)) and given != getattr(self, name):
+                raise contradiction(name, "It contradicts chat_template_kwargs; give one of them.")
         check_tool_choice(self.tool_choice, self.tools or [])
         names = check_one_grammar(self, self.response_format)
         if names and mode_of(self.tool_choice, self.tools) != "none":

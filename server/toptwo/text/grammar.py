@@ -87,6 +87,15 @@ def lark_grammar(text: str) -> str:
     return _serialised({"lark_grammar": text})
 
 
+def framed_grammar(frame: str, grammar: str) -> str:
+    """The text of the frame, a Lark grammar, in which @answer is what the serialised grammar stands for.
+
+    The rules of the two do not see one another.
+    """
+    (answer,) = json.loads(grammar)["grammars"]
+    return json.dumps({"grammars": [{"lark_grammar": frame}, {"name": "answer", **answer}]})
+
+
 def json_schema(schema: object) -> dict[str, Any]:
     """The schema as llguidance is to read it: one dialect (2020-12), none of its options from outside.
 
@@ -141,7 +150,8 @@ class GrammarChecker:
     """
 
     def __init__(self, tokenizer_file: Path | None = None, *, seconds: float = CHECK_SECONDS) -> None:
-        self._command = [sys.executable, "-P", "-m", "toptwo.text.grammar_worker", str(WORKER_BYTES)]
+        limits = [str(WORKER_BYTES), str(math.ceil(seconds) + 1)]  # its own alarm is for when nobody kills it
+        self._command = [sys.executable, "-P", "-m", "toptwo.text.grammar_worker", *limits]
         if tokenizer_file is not None:
             self._command.append(str(tokenizer_file))
         self._seconds = seconds

@@ -1,8 +1,10 @@
 """The process that compiles grammars for `grammar.GrammarChecker`, so that nobody else has to.
 
-It is started with a limit on its address space in bytes and, optionally, the path of a tokenizer.json.
+It is started with a limit on its address space in bytes, one on the seconds that a grammar may take, and,
+optionally, the path of a tokenizer.json.
 It writes "ready", then for each line with a JSON string, the grammar, a line with null or a JSON string,
-the reason why it cannot be used. It ends with its input. Memory beyond the limit aborts it.
+the reason why it cannot be used. It ends with its input. Memory beyond the limit aborts it, and so does
+a grammar that takes too long, which its parent does not wait for: one that was killed cannot end it.
 
 Knows llguidance; must not know who asks.
 """
@@ -35,15 +37,17 @@ def reason_against(grammar: str, tokenizer: LLTokenizer) -> str | None:
 def main(arguments: list[str]) -> None:
     """Answer lines until there are no more. The tokenizer defaults to one of single bytes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the server, and that ends this
-    num_bytes = int(arguments[0])
+    num_bytes, num_seconds = map(int, arguments[:2])
     resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    tokenizer = LLTokenizer(arguments[1] if len(arguments) > 1 else "byte")
+    tokenizer = LLTokenizer(arguments[2] if len(arguments) > 2 else "byte")
     answers = sys.stdout.buffer
     answers.write(b"ready\n")
     answers.flush()
     for line in sys.stdin.buffer:
+        signal.alarm(num_seconds)  # without a handler it ends the process, whatever that is stuck in
         reason = reason_against(json.loads(line), tokenizer)
+        signal.alarm(0)
         answers.write(json.dumps(reason).encode() + b"\n")
         answers.flush()
 

@@ -19,11 +19,11 @@ from typing import Any
 
 
 class ControlTokenGuard:
-    """Finds and breaks the texts of `special_tokens`, in any upper or lower case, as some tokenizers
+    """Finds and breaks the texts of control tokens, in any upper or lower case, as some tokenizers
     normalise before they look for them."""
 
-    def __init__(self, special_tokens: Iterable[str]) -> None:
-        texts = sorted((t for t in special_tokens if len(t) > 1), key=len, reverse=True)
+    def __init__(self, control_texts: Iterable[str]) -> None:
+        texts = sorted((t for t in control_texts if len(t) > 1), key=len, reverse=True)
         # A look-ahead behind the first character, so that overlapping texts are all found.
         heads = "|".join(f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in texts)
         self._first_character = re.compile(heads or "(?!)", re.IGNORECASE)

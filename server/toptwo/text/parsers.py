@@ -224,7 +224,12 @@ class _CallParser:
         return rest
 
 
-_SPELLINGS = {"hermes": CallReader.hermes, "mistral": CallReader.mistral, "llama3": CallReader.llama3}
+_SPELLINGS = {
+    "hermes": CallReader.hermes,
+    "mistral": CallReader.mistral,
+    "llama3": CallReader.llama3,
+    "granite": CallReader.mistral,  # the same list behind another marker
+}
 
 
 class _Until:

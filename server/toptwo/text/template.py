@@ -29,6 +29,7 @@ from jinja2.utils import Namespace
 from toptwo.errors import ApiError, StartupError
 from toptwo.text import tools as tools_of
 from toptwo.text.checkpoint import read_json_if_present, read_text
+from toptwo.text.harmony import harmony_messages, harmony_tools, speaks_harmony
 
 # "role" and "content" (text or None), and where the caller gave them "name", "tool_calls" (OpenAI's, the
 # arguments as an object or as its JSON text), "tool_call_id", "reasoning_content".
@@ -43,7 +44,7 @@ class ChatTemplate:
     """A compiled chat template. Thread-safe.
 
     named_tokens: what the template sees as `bos_token`, `eos_token` and so on.
-    source: the template's text. mentions_tools: whether it does something with tools itself.
+    source: the template's text. variables: all names that it may look up.
     Raises StartupError when the source is not a valid template.
     """
 
@@ -54,27 +55,35 @@ class ChatTemplate:
         self.source = source
         try:
             self._template = environment.from_string(source)
-            self.mentions_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
         except (jinja2.TemplateError, RecursionError) as error:
             raise StartupError(f"{origin}: is not a valid chat template ({error})") from None
         self._named_tokens = dict(named_tokens)
 
     @classmethod
-    def load(cls, directory: Path, named_tokens: Mapping[str, str]) -> ChatTemplate:
-        """Read chat_template.jinja, or chat_template of chat_template.json or tokenizer_config.json.
+    def load(
+        cls, directory: Path, named_tokens: Mapping[str, str], override: Path | None = None
+    ) -> ChatTemplate | None:
+        """Read the override, or chat_template.jinja, or chat_template of chat_template.json or
+        tokenizer_config.json. None where there is none of these: no other format will do, as a chat with
+        a model that was trained on another one, or on none, looks like a broken server.
 
-        Raises StartupError when there is none: a chat with a model that was trained on another format,
-        or on none, looks like a broken server.
+        Raises StartupError that names the file when it cannot be read or is no template.
         """
-        path = directory / "chat_template.jinja"
-        if path.exists():
+        path = override or directory / "chat_template.jinja"
+        if override is not None or path.exists():
             return cls(read_text(path), named_tokens, origin=str(path))
         for file in ("chat_template.json", "tokenizer_config.json"):
             path = directory / file
             value = read_json_if_present(path).get("chat_template")
             if value is not None:
                 return cls(_default_of(value, path), named_tokens, origin=str(path))
-        raise StartupError(f"{directory}: the model has no chat template (chat_template.jinja)")
+        return None
+
+    @property
+    def mentions_tools(self) -> bool:
+        """Whether it does something with tools itself."""
+        return "tools" in self.variables
 
     def render(
         self,
@@ -93,12 +102,17 @@ class ChatTemplate:
         if not self.mentions_tools and (tools or has_calls):
             prepared = tools_of.messages_without_tools(messages, tools or (), takes_system=self._takes_system)
             return self._render(prepared, None, variables or {})
+        if has_calls and "tool_calls" not in self.source:
+            messages = tools_of.messages_with_written_calls(messages, self.source)
         prepared = tools_of.messages_for_tools(
             messages,
             arguments_as_text=has_calls and self._wants_arguments_as_text,
             short_ids="[TOOL_CALLS]" in self.source,
         )
-        return self._render(prepared, list(tools) if tools else None, variables or {})
+        described: Sequence[Mapping[str, Any]] = tools or ()
+        if speaks_harmony(self.source):
+            prepared, described = harmony_messages(prepared), harmony_tools(described)
+        return self._render(prepared, list(described) or None, variables or {})
 
     @cached_property
     def _takes_system(self) -> bool:
@@ -119,7 +133,7 @@ class ChatTemplate:
     def _render(
         self,
         messages: list[dict[str, Any]],
-        tools: list[Mapping[str, Any]] | None,
+        tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any],
     ) -> str:
         ours = {

@@ -18,6 +18,7 @@ from toptwo.text.checkpoint import read_json_if_present
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_TURN_MARK = re.compile("<[|\uff5c].+[|\uff5c]>")  # the second kind of bar is the full-width one
 
 
 def _byte_characters() -> dict[str, int]:
@@ -38,6 +39,8 @@ class Tokenizer:
     stop_token_ids: tokens that end an answer (eos and its like), sorted; may be empty.
     named_tokens: "bos_token" -> "<s>" and so on, for chat templates.
     special_tokens: texts of all control tokens. special_ids: their ids.
+    control_texts: those, and texts of tokens that mark turns without being declared as control tokens, as
+        DeepSeek's do: what a message must not turn into.
     prefix_ids: what the tokenizer puts before every raw text, say <s>.
     """
 
@@ -54,9 +57,12 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self.stop_token_ids = tuple(sorted(set(stop_token_ids)))
         self.named_tokens = dict(named_tokens or {})
-        special = {i: t.content for i, t in vocabulary.get_added_tokens_decoder().items() if t.special}
+        added = vocabulary.get_added_tokens_decoder()
+        special = {i: t.content for i, t in added.items() if t.special}
         self.special_ids = frozenset(special)
         self.special_tokens = tuple(sorted(special.values()))
+        marks_turns = (t.content for t in added.values() if _TURN_MARK.fullmatch(t.content))
+        self.control_texts = tuple(sorted({*self.special_tokens, *marks_turns}))
         self._ids_with_text = frozenset(vocabulary.get_vocab().values()) - self.special_ids
         decoder = json.loads(vocabulary.decoder.__getstate__()) if vocabulary.decoder else {}
         kinds = [decoder, *decoder.get("decoders", [])]
@@ -75,7 +81,7 @@ class Tokenizer:
         """
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise StartupError(f"{path}: no such file; a fast tokenizer in this format is needed")
+            raise StartupError(f"{path}: no such file; {_advice(directory)}")
         try:
             vocabulary = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -141,6 +147,23 @@ class Tokenizer:
         # Of the library's entry points this is the one that lets go of the interpreter lock (a long
         # prompt would otherwise stall every stream of the process); it also skips unused offsets.
         return [e.ids for e in self._vocabulary.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _advice(directory: Path) -> str:
+    """What to do about a checkpoint without tokenizer.json, by the vocabulary that it has instead."""
+    if (directory / "tokenizer.model").is_file():
+        # Other classes of the library leave out the space before a text that these vocabularies want.
+        program = (
+            "from transformers import LlamaTokenizer as T; "
+            f"T.from_pretrained('{directory}').save_pretrained('{directory}')"
+        )
+        return (
+            "make it once of tokenizer.model, where that is a SentencePiece vocabulary of BPE: "
+            f'pip install transformers sentencepiece protobuf && python -c "{program}"'
+        )
+    if any(directory.glob("*tiktoken*")):
+        return "a tiktoken vocabulary cannot be read; take the file from a newer revision of the model"
+    return "a fast tokenizer in this format is needed"
 
 
 def _named_tokens(directory: Path) -> dict[str, str]:

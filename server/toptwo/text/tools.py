@@ -14,11 +14,17 @@ from typing import Any, Literal
 
 from toptwo.text.grammar import GrammarError, json_schema, lark_grammar
 
-_MARKERS = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]", "llama3": "<|python_tag|>"}
+_MARKERS = {
+    "hermes": "<tool_call>",
+    "mistral": "[TOOL_CALLS]",
+    "llama3": "<|python_tag|>",
+    "granite": "<|tool_call|>",
+}
 _SHOWN = {
     "hermes": ("<tool_call>", "</tool_call>"),
     "mistral": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
     "llama3": ("<|python_tag|>",),
+    "granite": ("<|tool_call|>",),
 }
 MARKER_TOKENS = tuple(token for tokens in _SHOWN.values() for token in tokens)
 _MOST_CALLS = 16  # that a grammar allows: a model must come to an end
@@ -47,7 +53,7 @@ class Tool:
 class ToolFormat:
     """How a model spells its calls. token_ids: those of its markers that are tokens of the vocabulary."""
 
-    name: Literal["hermes", "mistral", "llama3"]
+    name: Literal["hermes", "mistral", "llama3", "granite"]
     token_ids: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -70,14 +76,14 @@ class ToolFormat:
         rules = []
         for index, tool in enumerate(tools):
             rules.append(f"call_{index}: {self._call(tool.name, f'arguments_{index}')}")
-            rules.append(f"arguments_{index}: %json {json.dumps(_arguments_schema(tool))}")
+            rules.append(f"arguments_{index}: %json {json.dumps(arguments_schema(tool))}")
         any_call = " | ".join(f"call_{index}" for index in range(len(tools)))
         return lark_grammar("\n".join([*self._frame(parallel), f"call: {any_call}", *rules]))
 
     def _frame(self, parallel: bool) -> list[str]:
         """The rules of what is around calls."""
         opening = self._token(self.marker)
-        if self.name == "mistral" and not self._names_first:
+        if self.name == "granite" or (self.name == "mistral" and not self._names_first):
             return [f'start: {opening} " "? "[" {_several("call", ", ", parallel)} "]"']
         if self.name == "mistral":
             return [f"start: {_several('one', '', parallel)}", f"one: {opening} call"]
@@ -112,6 +118,8 @@ def detect_tool_format(template_source: str, token_ids: Mapping[str, int]) -> To
         return ToolFormat("hermes", token_ids)
     if _MARKERS["mistral"] in template_source:
         return ToolFormat("mistral", token_ids)
+    if _MARKERS["granite"] in template_source:
+        return ToolFormat("granite", token_ids)
     if _MARKERS["llama3"] in template_source or '"parameters"' in template_source:
         return ToolFormat("llama3", token_ids)
     return ToolFormat("hermes", token_ids)
@@ -148,6 +156,24 @@ def messages_for_tools(
     return prepared
 
 
+def messages_with_written_calls(
+    messages: Sequence[Mapping[str, Any]], template_source: str
+) -> list[dict[str, Any]]:
+    """The messages for templates that know tools and write only texts: calls as the model spells them."""
+    form = detect_tool_format(template_source, {})
+    told = []
+    for message in map(with_parsed_arguments, messages):
+        functions = [call["function"] for call in message.pop("tool_calls", None) or ()]
+        if functions and form.name == "granite":
+            calls = [{"name": f["name"], "arguments": f["arguments"]} for f in functions]
+            written = [form.marker + json.dumps(calls, ensure_ascii=False)]
+        else:
+            written = [_written(function) for function in functions]
+        content = "\n".join(filter(None, [message.get("content"), *written]))
+        told.append({**message, "content": content})
+    return told
+
+
 def contains_calls(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether any message is a call or the result of one."""
     return any(message.get("tool_calls") or message.get("role") == "tool" for message in messages)
@@ -180,6 +206,15 @@ def messages_without_tools(
     if tools:
         _describe(tools, told, takes_system)
     return told
+
+
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """What a grammar holds the arguments to. Raises GrammarError when the parameters are no object's."""
+    schema = tool.parameters or {"properties": {}, "additionalProperties": False}
+    kind = schema.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise GrammarError(f"The parameters of the tool '{tool.name[:64]}' must be an object.")
+    return json_schema({"type": "object"} | {key: value for key, value in schema.items() if key != "type"})
 
 
 def _describe(tools: Sequence[Mapping[str, Any]], told: list[dict[str, Any]], takes_system: bool) -> None:
@@ -231,14 +266,6 @@ def _short_id(call_id: str) -> str:
     if len(call_id) == _NUM_ID_CHARACTERS and call_id.isascii() and call_id.isalnum():
         return call_id
     return hashlib.sha256(call_id.encode(errors="replace")).hexdigest()[:_NUM_ID_CHARACTERS]
-
-
-def _arguments_schema(tool: Tool) -> dict[str, Any]:
-    schema = tool.parameters or {"properties": {}, "additionalProperties": False}
-    kind = schema.get("type", "object")
-    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        raise GrammarError(f"The parameters of the tool '{tool.name[:64]}' must be an object.")
-    return json_schema({"type": "object"} | {key: value for key, value in schema.items() if key != "type"})
 
 
 def _several(rule: str, separator: str, parallel: bool) -> str:
