@@ -65,7 +65,7 @@ def test_every_architecture_has_its_row(name: str) -> None:
 def test_every_op_and_backend_is_described() -> None:
     text = (ROOT / "kernels" / "README.md").read_text()
     for name in [op for op in vars(Ops) if not op.startswith("_")] + list(BACKENDS):
-        assert f"| `{name}` |" in text, name
+        assert re.search(rf"^\|[^|]*`{name}`[^|]*\|", text, re.M), name
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
