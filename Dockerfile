@@ -5,20 +5,26 @@
 #
 # For an image without CUDA, give the package index with PyTorch's CPU builds:
 #   docker build --build-arg PIP_EXTRA_INDEX_URL=... -t toptwo .
+#
+# Every package that gets in is named by its hash; `make lock` writes the lists.
 
 FROM python:3.11-slim-bookworm AS build
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ make \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+ARG PIP_EXTRA_INDEX_URL=
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+COPY requirements.lock requirements-cuda.lock requirements-build.lock ./
+RUN python -m venv /opt/build && /opt/build/bin/pip install --require-hashes -r requirements-build.lock
+RUN python -m venv /opt/toptwo && /opt/toptwo/bin/pip install --require-hashes \
+    -r "$([ -n "$PIP_EXTRA_INDEX_URL" ] && echo requirements.lock || echo requirements-cuda.lock)"
+COPY pyproject.toml README.md LICENSE ./
 COPY kernels kernels
 COPY server server
-ARG PIP_EXTRA_INDEX_URL=
-ENV PIP_CONSTRAINT=/src/constraints.txt \
-    PIP_BUILD_CONSTRAINT=/src/constraints.txt \
-    PIP_NO_CACHE_DIR=1
-RUN python -m venv /opt/toptwo && /opt/toptwo/bin/pip install '.[hub]'
+RUN PATH=/opt/build/bin:$PATH pip wheel --no-deps --no-index --no-build-isolation --wheel-dir /wheels . \
+    && /opt/toptwo/bin/pip install --no-deps --no-index /wheels/*.whl
 
 FROM python:3.11-slim-bookworm
 RUN useradd --uid 10001 --create-home toptwo \

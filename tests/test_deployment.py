@@ -62,9 +62,6 @@ def test_the_command_exists() -> None:
     (entry,) = json.loads(value("ENTRYPOINT"))
     assert entry in PROJECT["scripts"]
     assert json.loads(value("CMD")) == ["serve"]
-    assert set(re.findall(r"\.\[(\w+)\]", value("RUN", INSTRUCTIONS[: -len(FINAL)][-1:]))) <= set(
-        PROJECT["optional-dependencies"]
-    )
 
 
 def test_the_environment_holds_settings_that_exist() -> None:
