@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from toptwo.messages import EngineInfo, GenerateRequest, TokenEvent, TokenLogprobs
+from toptwo.messages import EngineInfo, EngineStats, GenerateRequest, TokenEvent, TokenLogprobs
 from toptwo.text.grammar import GrammarError
 from toptwo.text.model import ServedModel
 from toptwo.text.template import ChatTemplate
@@ -57,7 +57,7 @@ def engine_info(*, max_model_len: int = 2048) -> EngineInfo:
         max_num_seqs=16,
         max_step_tokens=512,
         block_size=16,
-        num_blocks=64,
+        num_blocks=512,
         prefix_caching=True,
         num_parameters=1000,
         weight_bytes=4000,
@@ -105,8 +105,13 @@ class FakeEngine:
     num_open: int = 0
     num_tokens: int = 0
     slow_close: float = 0.0
+    engine_stats: EngineStats | None = None
+    num_restarts: int = 0
     started: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def stats(self) -> EngineStats | None:
+        return self.engine_stats
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         script = self.script_of(request) if self.script_of else self.script

@@ -6,13 +6,17 @@ not know processes, sockets or how the engine is started.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from fastapi import FastAPI
 
+from toptwo.api.admission import DEFAULT_LIMITS, Admission, AdmissionLimits
 from toptwo.api.anthropic import AnthropicAuthenticator, messages_router
 from toptwo.api.completions import completions_router
 from toptwo.api.embeddings import embeddings_router
 from toptwo.api.handlers import RequestEnvelope, install_error_handlers
 from toptwo.api.health import Lifecycle, health_router
+from toptwo.api.metrics import metrics_router
 from toptwo.api.openai import OpenAIEndpoints, openai_router
 from toptwo.api.openapi import openapi_router
 from toptwo.api.responses import responses_router
@@ -20,6 +24,8 @@ from toptwo.api.security import Authenticator, KeyRing
 from toptwo.api.service import Service
 from toptwo.api.tokens import tokens_router
 from toptwo.engine.client import Engine
+from toptwo.settings import MetricsAccess
+from toptwo.telemetry.metrics import Metrics
 from toptwo.text.grammar import GrammarChecker
 from toptwo.text.model import ServedModel
 
@@ -27,8 +33,24 @@ from toptwo.text.model import ServedModel
 OPENAI_PREFIXES = ("/v3/openai", "/openai/v1", "/v1")
 
 
+@dataclass(frozen=True)
+class AppOptions:
+    """limits: how many sequences may be open at once. metrics: who may read /metrics."""
+
+    limits: AdmissionLimits = DEFAULT_LIMITS
+    metrics: MetricsAccess = "key"
+
+
+DEFAULTS = AppOptions()
+
+
 def create_app(
-    engine: Engine, model: ServedModel, grammars: GrammarChecker, keys: KeyRing, lifecycle: Lifecycle
+    engine: Engine,
+    model: ServedModel,
+    grammars: GrammarChecker,
+    keys: KeyRing,
+    lifecycle: Lifecycle,
+    options: AppOptions = DEFAULTS,
 ) -> FastAPI:
     """The application that serves `model` from `engine`.
 
@@ -46,7 +68,8 @@ def create_app(
         # A redirect would be an answer given before the key is looked at.
         redirect_slashes=False,
     )
-    service = Service(engine, model, grammars, lifecycle)
+    service = Service(engine, model, grammars, lifecycle, Admission(options.limits))
+    metrics = Metrics(model.name)
     routers = [
         openai_router(OpenAIEndpoints(service), authenticate),
         completions_router(service, authenticate),
@@ -60,6 +83,10 @@ def create_app(
             app.include_router(router, prefix=prefix)
     app.include_router(openapi_router(OPENAI_PREFIXES, model.name, authenticate))
     app.include_router(health_router(engine, lifecycle))
+    if options.metrics != "off":
+        app.include_router(
+            metrics_router(service, metrics, None if options.metrics == "open" else authenticate)
+        )
     install_error_handlers(app, authenticate)
-    app.add_middleware(RequestEnvelope)
+    app.add_middleware(RequestEnvelope, metrics=metrics)
     return app

@@ -9,11 +9,13 @@ as MessagePack bytes. This module imports no sibling, no torch and no fastapi.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "overload"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -78,6 +80,30 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
+SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1,
+    2.5,
+    5,
+    10,
+    25,
+    50,
+    100,
+    250,
+    500,
+    1000,
+)
+"""Bounds for whatever is measured in seconds."""
+
+
 # --- Waist 1: API process -> engine process -------------------------------------------------------
 
 
@@ -88,6 +114,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
     stop_token_ids: tokens that end the sequence with finish_reason "stop" (eos and its like).
     cache_scope: prefix-cache blocks are shared only between requests of the same scope.
     grammar: what the generated text must match; tokens that break it are never chosen.
+    log_name: what the logs call the HTTP request that it belongs to.
     """
 
     request_id: str
@@ -98,6 +125,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag="generate"):
     cache_scope: str = ""
     grammar: Grammar | None = None
     logprobs: LogprobsWanted = LogprobsWanted()
+    log_name: str = ""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
@@ -107,23 +135,32 @@ class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """A client's first message; the engine answers with `EngineInfo` once it can serve."""
+    """A client's first message; the engine answers with `EngineInfo` once it can serve.
+
+    It may be sent again at any time: the answer then shows that the engine's loop still turns.
+    """
 
 
-ClientMessage = GenerateRequest | AbortRequest | Hello
+class StatsRequest(msgspec.Struct, frozen=True, tag="stats?"):
+    """Asks for `EngineStats`, which come between two steps."""
+
+
+ClientMessage = GenerateRequest | AbortRequest | Hello | StatsRequest
 
 
 # --- Waist 1: engine process -> API process -------------------------------------------------------
 
 
-class TokenEvent(msgspec.Struct, frozen=True):
+class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """New tokens of one request and, in its last event, why it ended.
 
     token_ids: newly generated ids, the stop token included; may be empty in a terminal event.
     num_cached_tokens: prompt tokens whose KV came from the prefix cache.
+    finish_reason: "overload" is that of a request which waited too long, and was not begun.
     error: a sentence for the client, only with finish_reason "error".
     logprobs: one per token id, if they were asked for.
     prompt_logprobs: in the first event with tokens, one per prompt token from the second on, likewise.
+    queue_seconds: in the same event, how long the request waited for its first step.
     """
 
     request_id: str
@@ -133,6 +170,7 @@ class TokenEvent(msgspec.Struct, frozen=True):
     error: str | None = None
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
+    queue_seconds: float | None = None
 
 
 class TokenEvents(msgspec.Struct, frozen=True, tag="tokens"):
@@ -168,7 +206,50 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     weights_id: str = ""
 
 
-EngineMessage = TokenEvents | EngineInfo
+class Histogram(msgspec.Struct):
+    """How often something measured fell between bounds.
+
+    bounds: ascending. counts: one more than bounds; counts[i] is of what is above bounds[i - 1] and at most
+    bounds[i]. total: the sum of all that was measured.
+    """
+
+    bounds: list[float]
+    counts: list[int]
+    total: float = 0.0
+
+    @classmethod
+    def over(cls, bounds: Sequence[float]) -> Histogram:
+        """An empty one."""
+        return cls(list(bounds), [0] * (len(bounds) + 1))
+
+    def add(self, value: float, times: int = 1) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+
+class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
+    """What the engine does now, and has done since it started.
+
+    prompt_tokens: of prompts that were begun to be answered, cached ones included.
+    prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found there.
+    step_seconds: how long steps took.
+    expert_tokens: by layer, how many tokens came to each expert.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_queries: int
+    prefix_hits: int
+    step_seconds: Histogram
+    expert_tokens: dict[int, list[int]]
+
+
+EngineMessage = TokenEvents | EngineInfo | EngineStats
 
 
 # --- Waist 2: engine <-> runtime ------------------------------------------------------------------

@@ -22,6 +22,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["auto", "none", "int8", "int4"]
 Backend = Literal["auto", "cpu", "reference"]
+MetricsAccess = Literal["key", "open", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -33,7 +34,7 @@ class Settings(BaseSettings):
     model: str | None = Field(
         None,
         min_length=1,
-        description="Checkpoint directory or hub id; without it, the embedded default model.",
+        description="Checkpoint directory, GGUF file or hub id; without it, the embedded default model.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
@@ -42,6 +43,9 @@ class Settings(BaseSettings):
     )
     served_model_name: str | None = Field(
         None, min_length=1, description="Model id that clients use; by default the model's own name."
+    )
+    chat_template: Path | None = Field(
+        None, description="Jinja file that replaces the model's chat template, or gives it one."
     )
     device: Device = Field("auto", description="Where the model runs.")
     dtype: Dtype = Field(
@@ -65,6 +69,24 @@ class Settings(BaseSettings):
     max_step_tokens: int = Field(
         512, ge=1, le=65536, description="Token budget of one step; longer prompts run in chunks."
     )
+    max_queue: int = Field(
+        256,
+        ge=0,
+        le=1 << 16,
+        description="Most sequences that wait beyond those that run; further requests get a 503.",
+    )
+    queue_timeout: int = Field(
+        60,
+        ge=1,
+        le=86400,
+        description="Seconds that a request may wait for its first step, then it gets a 503.",
+    )
+    max_requests_per_key: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 16,
+        description="Most requests of one key at once, each choice counted; further ones get a 429.",
+    )
     kv_cache_gib: float | None = Field(
         None, gt=0, le=1 << 20, description="Memory for the KV cache in GiB; by default sized to the machine."
     )
@@ -78,6 +100,15 @@ class Settings(BaseSettings):
     )
     drain_timeout: int = Field(
         60, ge=0, le=3600, description="Seconds that open requests may take to end after SIGTERM or Ctrl-C."
+    )
+    send_timeout: int = Field(
+        60,
+        ge=1,
+        le=3600,
+        description="Seconds after which a client that takes nothing of its answer is disconnected.",
+    )
+    metrics: MetricsAccess = Field(
+        "key", description="Who may read /metrics: callers with a key, anybody, or nobody."
     )
     log_level: LogLevel = Field("info", description="Least severe messages that are logged.")
 
@@ -97,7 +128,7 @@ class Settings(BaseSettings):
                 raise ValueError("a key must be printable ASCII without spaces")
         return keys
 
-    @field_validator("cache_dir", "default_model_wheel")
+    @field_validator("cache_dir", "chat_template", "default_model_wheel")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
         try:

@@ -13,6 +13,7 @@ from toptwo.api.completion import collect
 from toptwo.api.generation import generate
 from toptwo.api.job import GenerationJob, OutputForm
 from toptwo.api.schemas import ChatCompletionRequest
+from toptwo.errors import internal_error
 from toptwo.messages import GenerateRequest, SamplingParams
 from toptwo.text.model import ServedModel
 
@@ -141,7 +142,8 @@ async def test_an_ordinary_token_that_ends_the_answer_is_not_shown(
     ids = model.tokenizer.encode(["hello!"])
     engine.script = Script(token_ids=ids)
     request = GenerateRequest("r", [1], SamplingParams(0), max_tokens=9, stop_token_ids=ids[-1:])
-    deltas = [delta async for delta in generate(engine, model, GenerationJob((request,), OutputForm()))]
+    job = GenerationJob((request,), OutputForm())
+    deltas = [delta async for delta in generate(engine, model, job, internal_error)]
     assert collect(deltas, 1)[0].text == "hello"
 
 

@@ -72,7 +72,7 @@ def routes(app: FastAPI) -> list[tuple[str, str]]:
 def test_the_routes_are_the_known_ones(app: FastAPI) -> None:
     prefixes = ("/v3/openai", "/openai/v1", "/v1")
     expected = {(method, path) for path in OPEN for method in ("GET", "HEAD")}
-    expected.add(("GET", "/openapi.json"))
+    expected |= {("GET", "/openapi.json"), ("GET", "/metrics")}
     for prefix in prefixes:
         expected |= {
             ("POST", f"{prefix}/chat/completions"),

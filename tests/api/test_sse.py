@@ -16,21 +16,23 @@ SCOPE = {"type": "http", "method": "POST"}
 
 @dataclass
 class Client:
-    """reads: how many bodies it takes before it blocks. bodies: those that it was sent."""
+    """reads: how many bodies it takes before it blocks. bodies: those that it was sent. gone: it has left."""
 
     reads: int
     bodies: list[bytes] = field(default_factory=list)
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def send(self, message: dict[str, object]) -> None:
         if message["type"] != "http.response.body":
             return
         if len(self.bodies) == self.reads:
-            await asyncio.Event().wait()
-        self.bodies.append(message["body"])  # type: ignore[arg-type]
+            await self.gone.wait()
+        if not self.gone.is_set():
+            self.bodies.append(message["body"])  # type: ignore[arg-type]
 
     async def receive(self) -> dict[str, object]:
-        await asyncio.Event().wait()
-        raise AssertionError
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
 
 
 @dataclass
@@ -46,23 +48,45 @@ class Events:
             if self.silent:
                 await asyncio.Event().wait()
             while True:
+                await asyncio.sleep(0)
                 yield b"data: 2\n\n"
         finally:
             self.closed = True
 
 
 @pytest.mark.parametrize("silent", [True, False])
-async def test_a_client_that_stops_reading_is_given_up(monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
-    """Also when there is nothing to send to it but comments."""
+@pytest.mark.parametrize("reads", [0, 1, 5])
+async def test_a_stream_ends_with_its_client(
+    monkeypatch: pytest.MonkeyPatch, silent: bool, reads: int
+) -> None:
+    """Whatever is being sent then: nothing, an event or a comment."""
     monkeypatch.setattr(sse, "PING_SECONDS", 0.01)
-    monkeypatch.setattr(sse, "SEND_SECONDS", 0.03)
-    events, client = Events(silent), Client(reads=1)
+    events, client = Events(silent), Client(reads)
     before = asyncio.all_tasks()
-    stream = EventStream(events.generate(), {})
-    await asyncio.wait_for(stream(SCOPE, client.receive, client.send), 5)  # type: ignore[arg-type]
-    assert client.bodies == [b"data: 1\n\n"]
+    call = EventStream(events.generate(), {})(SCOPE, client.receive, client.send)  # type: ignore[arg-type]
+    stream = asyncio.create_task(call)
+    await asyncio.sleep(0.1)
+    assert not events.closed
+    assert len(client.bodies) == reads
+    client.gone.set()
+    await asyncio.wait_for(stream, 5)
     assert events.closed
     assert asyncio.all_tasks() == before
+
+
+async def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "PING_SECONDS", 0.02)
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield b"data: 1\n\n"
+        await asyncio.sleep(0.1)
+        yield sse.DONE
+
+    client = Client(reads=100)
+    await EventStream(events(), {})(SCOPE, client.receive, client.send)  # type: ignore[arg-type]
+    assert client.bodies[0] == b"data: 1\n\n"
+    assert client.bodies[-2:] == [sse.DONE, b""]
+    assert set(client.bodies[1:-2]) == {sse.KEEP_ALIVE}
 
 
 async def test_what_the_events_raise_is_raised_and_leaves_nothing_behind() -> None:

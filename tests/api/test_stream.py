@@ -14,7 +14,6 @@ from openai.types.chat import ChatCompletionChunk
 
 from fakes import KEY, AsgiCall, FakeEngine, Script, chat, payloads
 from toptwo.api import sse
-from toptwo.api.sse import EventStream
 from toptwo.errors import EngineDeadError
 from toptwo.text.model import ServedModel
 
@@ -183,28 +182,3 @@ async def test_headers_do_not_wait_for_the_first_token(app: FastAPI, engine: Fak
     assert call.status == 200
     call.leave()
     await asyncio.wait_for(running, 5)
-
-
-async def test_a_client_that_stops_reading_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    closed = asyncio.Event()
-
-    async def events():  # type: ignore[no-untyped-def]
-        try:
-            while True:
-                yield b"data: {}\n\n"
-        finally:
-            closed.set()
-
-    async def send(message: dict[str, object]) -> None:
-        if message["type"] == "http.response.body":
-            await asyncio.Event().wait()
-
-    async def receive() -> dict[str, object]:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    monkeypatch.setattr(sse, "SEND_SECONDS", 0.05)
-    response = EventStream(events(), {})
-    scope = {"type": "http", "method": "POST"}
-    await asyncio.wait_for(response(scope, receive, send), 5)  # type: ignore[arg-type]
-    assert closed.is_set()

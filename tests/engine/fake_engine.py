@@ -1,7 +1,8 @@
 """A real engine process around the fake runner: `python fake_engine.py [mode] SOCKET`.
 
-Modes: serve; slow (50 ms per step); crash-on-start; cannot-load; crash-in-step; nonsense (no valid
-tokens for prompts that begin with 13).
+Modes: serve; slow (50 ms per step); crash-on-start; cannot-load (status 1); bad-model (status 2); silent-2
+(that status without a word); crash-in-step; sleep-in-step and spin-in-step (for ever); slow-step (3 s);
+nonsense (no valid tokens for prompts that begin with 13).
 """
 
 from __future__ import annotations
@@ -44,12 +45,19 @@ class ModalRunner(CheckingRunner):
     """A checking runner that can be slow, or fail in its fifth step."""
 
     mode = "serve"
+    began = 0.0  # the last step
 
     def execute(self, plan: StepPlan) -> StepResult:
         if self.mode == "slow":
             time.sleep(0.05)
         if self.mode == "crash-in-step" and self.steps == 5:
             raise RuntimeError("the fifth step")
+        while self.mode in ("sleep-in-step", "spin-in-step") and self.steps == 5:
+            time.sleep(0.01 if self.mode == "sleep-in-step" else 0)
+        if self.mode == "slow-step" and self.steps == 5:
+            while time.monotonic() < self.began + 3:
+                pass
+        self.began = time.monotonic()
         result = super().execute(plan)
         if self.mode != "nonsense":
             return result
@@ -77,7 +85,9 @@ if __name__ == "__main__":
         sys.exit("cannot start")
     process.bind_to_parent()
     assert process.read_config().startswith(b"the configuration")
-    if mode == "cannot-load":
+    if mode in ("cannot-load", "bad-model"):
         process.explain_failure(Path(path), "there is no such tensor")
-        sys.exit(1)
+        sys.exit(1 if mode == "cannot-load" else 2)
+    if mode == "silent-2":
+        sys.exit(2)
     create_engine(Path(path), mode).run()

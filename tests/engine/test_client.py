@@ -3,57 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import pickle
 import signal
 import stat
-import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import zmq
 from structlog.testing import capture_logs
 
+from engine_processes import PATIENT, collect, request, supervised
 from fake_runner import generate
-from toptwo.engine.supervisor import EngineCommand, RestartPolicy, Supervisor
 from toptwo.engine.transport import EngineSocket
 from toptwo.errors import EngineDeadError, StartupError
-from toptwo.messages import EngineInfo, GenerateRequest, SamplingParams, TokenEvent
-
-PATIENT = RestartPolicy(max_crashes=3, window=60)
-FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
-
-
-def request(name: str, prompt: list[int], max_tokens: int = 5) -> GenerateRequest:
-    return GenerateRequest(name, prompt, SamplingParams(seed=0), max_tokens)
-
-
-def configure(resolved: EngineInfo | None) -> bytes:
-    return b"the configuration" + (b", again" if resolved else b"")
-
-
-@contextlib.asynccontextmanager
-async def supervised(
-    run_dir: Path, mode: str = "serve", policy: RestartPolicy = PATIENT
-) -> AsyncIterator[tuple[Supervisor, asyncio.Task[None]]]:
-    """A supervisor with a fake engine, stopped at the end."""
-    environment = "import sys; sys.path.insert(0, sys.argv.pop(1)); import runpy; sys.argv.pop(0); "
-    command = [sys.executable, "-c", environment + "runpy.run_path(sys.argv[0], run_name='__main__')"]
-    command += [str(FAKE_ENGINE.parent.parent), str(FAKE_ENGINE), mode]
-    described = EngineCommand(command, dict(os.environ), configure)
-    supervisor = Supervisor(described, run_dir, policy)
-    running = asyncio.create_task(supervisor.run())
-    try:
-        yield supervisor, running
-    finally:
-        await supervisor.stop()
-        await asyncio.gather(running, return_exceptions=True)
-
-
-async def collect(supervisor: Supervisor, wanted: GenerateRequest) -> list[TokenEvent]:
-    return [event async for event in supervisor.client.generate(wanted)]
 
 
 async def test_requests_are_answered_side_by_side(tmp_path: Path) -> None:
@@ -149,6 +112,16 @@ async def test_an_engine_says_in_its_own_words_why_it_cannot_start(tmp_path: Pat
         with pytest.raises(StartupError, match=r"^there is no such tensor$"):
             await running
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "status"), [("cannot-load", 1), ("bad-model", 2), ("silent-2", 1), ("crash-on-start", 1)]
+)
+async def test_whether_the_model_is_to_blame_is_passed_on(tmp_path: Path, mode: str, status: int) -> None:
+    async with supervised(tmp_path, mode) as (_, running):
+        with pytest.raises(StartupError) as caught:
+            await running
+    assert caught.value.exit_code == status
 
 
 async def test_an_engine_that_dies_while_it_restarts_is_one_crash_more_and_no_end(tmp_path: Path) -> None:

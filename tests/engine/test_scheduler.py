@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_runner import VOCAB, CheckingRunner, generate
+from fakes import engine_info
 from toptwo.engine.blocks import BlockPool
+from toptwo.engine.engine import Engine
 from toptwo.engine.scheduler import Scheduler, SchedulerLimits
-from toptwo.messages import GenerateRequest, SamplingParams, TokenEvent
+from toptwo.messages import GenerateRequest, SamplingParams, TokenEvent, TokenEvents
 
 BLOCK = 4
 
@@ -285,3 +287,69 @@ def test_nothing_leaks_starves_or_ends_twice(
                     harness.step()
     harness.run(limit=5_000)
     harness.check_clean()
+
+
+def test_who_waits_too_long_is_told_and_costs_nothing() -> None:
+    now = 0.0
+    limits = SchedulerLimits(VOCAB, 64, 1, 8, max_queue_seconds=5)
+    scheduler = Scheduler(limits, BlockPool(32, BLOCK), lambda: now)
+    for name in ("runs", "late", "in time"):
+        now += 1
+        assert scheduler.add(GenerateRequest(name, [1, 2], SamplingParams(0), 9)) is None
+    plan = scheduler.plan()
+    assert plan is not None
+    now = 7.0  # the first one has been begun; the second has waited for five seconds
+    assert [(e.request_id, e.finish_reason, e.token_ids) for e in scheduler.expire()] == [
+        ("late", "overload", [])
+    ]
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
+    now = 8.0
+    assert [event.request_id for event in scheduler.expire()] == ["in time"]
+
+
+def test_who_was_begun_is_never_late() -> None:
+    now = 0.0
+    limits = SchedulerLimits(VOCAB, 40, 2, 8, max_queue_seconds=5)
+    scheduler = Scheduler(limits, BlockPool(10, BLOCK), lambda: now)
+    for name in ("old", "young"):
+        scheduler.add(GenerateRequest(name, [1, 2, 3], SamplingParams(0), 30))
+    runner = CheckingRunner(2, 10, BLOCK, 8)
+    while not scheduler.num_preemptions:
+        plan = scheduler.plan()
+        assert plan is not None
+        scheduler.apply(runner.execute(plan))
+    now = 100.0
+    scheduler.add(GenerateRequest("new", [1], SamplingParams(0), 3))
+    now = 200.0
+    assert [event.request_id for event in scheduler.expire()] == ["new"]
+    assert scheduler.num_waiting == 1
+
+
+@dataclass
+class Post:
+    """The engine's end of a socket, without one."""
+
+    inbox: list[tuple[bytes, GenerateRequest]] = field(default_factory=list)
+    sent: list[tuple[bytes, TokenEvent]] = field(default_factory=list)
+
+    def receive(self, *, block: bool) -> tuple[bytes, GenerateRequest] | None:
+        return self.inbox.pop(0) if self.inbox else None
+
+    def send(self, client: bytes, message: TokenEvents) -> None:
+        self.sent += [(client, event) for event in message.events]
+
+
+def test_the_engine_tells_each_client_whose_request_was_late() -> None:
+    now, post = 0.0, Post()
+    limits = SchedulerLimits(VOCAB, 64, 1, 8, max_queue_seconds=5)
+    scheduler = Scheduler(limits, BlockPool(32, BLOCK), lambda: now)
+    engine = Engine(scheduler, CheckingRunner(1, 32, BLOCK, 8), post, engine_info())  # type: ignore[arg-type]
+    for name in ("a", "b", "c"):
+        post.inbox.append((name.encode(), GenerateRequest(name, [1, 2], SamplingParams(0), 4)))
+    engine.receive(block=False)
+    engine.step()
+    now = 6.0
+    while scheduler.has_work:
+        engine.step()
+    ends = {client: event.finish_reason for client, event in post.sent if event.finish_reason}
+    assert ends == {b"a": "length", b"b": "overload", b"c": "overload"}

@@ -20,8 +20,7 @@ from toptwo.api.anthropic_chat import NAMES, chat_of, wants_thoughts
 from toptwo.api.anthropic_schema import CountTokensRequest, MessagesRequest
 from toptwo.api.anthropic_writer import MessageWriter, error_body
 from toptwo.api.body import run_while_connected
-from toptwo.api.chat_job import chat_job
-from toptwo.api.chat_translation import prompt_ids_of, renamed
+from toptwo.api.chat_translation import prompt_ids_of, translated_job
 from toptwo.api.job import GenerationJob, JobTicket, Workshop
 from toptwo.api.named_events import named_events, write_whole
 from toptwo.api.sampling_schema import INT32_MAX
@@ -87,10 +86,7 @@ class AnthropicEndpoints:
         headers = ignored_header(parsed.ignored)
 
         def make_job(ticket: JobTicket, workshop: Workshop) -> GenerationJob:
-            try:
-                return chat_job(chat_of(wanted, can_think=self._can_think), ticket, workshop)
-            except ApiError as error:
-                raise renamed(error, NAMES) from None
+            return translated_job(chat_of(wanted, can_think=self._can_think), ticket, workshop, NAMES)
 
         job = await self.service.prepare(request, head.completion_id, make_job)
         deltas = self.service.deltas(job)
@@ -104,7 +100,7 @@ class AnthropicEndpoints:
         """How many tokens the prompt of a conversation has."""
         parsed = await self.service.parse(request, CountTokensRequest)
         self.service.require_model(parsed.request.model)
-        workshop = Workshop(self.service.model, self.service.grammars, INT32_MAX)
+        workshop = Workshop(self.service.model, INT32_MAX)
 
         def prompt_ids() -> list[int]:
             return prompt_ids_of(chat_of(parsed.request, can_think=self._can_think), workshop)
@@ -119,7 +115,11 @@ class AnthropicEndpoints:
 
 def messages_router(service: Service, authenticate: AnthropicAuthenticator) -> APIRouter:
     """The routes, without a prefix. Every one needs a key."""
-    router = APIRouter(dependencies=[Depends(authenticate)], tags=["anthropic"], route_class=AnthropicRoute)
+    router = APIRouter(
+        dependencies=[Depends(authenticate), Depends(service.admission.hold)],
+        tags=["anthropic"],
+        route_class=AnthropicRoute,
+    )
     endpoints = AnthropicEndpoints(service)
     router.add_api_route("/messages", endpoints.create_message, methods=["POST"])
     router.add_api_route("/messages/count_tokens", endpoints.count_tokens, methods=["POST"])

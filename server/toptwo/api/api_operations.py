@@ -24,11 +24,12 @@ ERRORS = {
     404: "There is no such model.",
     408: "The body took too long to arrive.",
     413: "The body is too large.",
+    429: "The key's own limit of requests at once is reached.",
     500: "The server failed.",
     501: "This server cannot do that.",
-    503: "The model is not ready, or the server is shutting down.",
+    503: "The server is full or shutting down, or the model is not ready.",
 }
-_OF_BODIES = (400, 401, 404, 408, 413, 500, 503)
+_OF_BODIES = (400, 401, 404, 408, 413, 429, 500, 503)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pydantic import ValidationError
 
 from toptwo.api.chat_job import chat_job
-from toptwo.api.job import JobTicket, Workshop
+from toptwo.api.job import GenerationJob, JobTicket, Workshop
 from toptwo.api.sampling_schema import INT64_MAX
 from toptwo.api.schemas import ChatCompletionRequest
 from toptwo.api.validation import explain
@@ -38,18 +38,29 @@ def chat_request(given: Mapping[str, object], names: Names) -> ChatCompletionReq
 def renamed(error: ApiError, names: Names) -> ApiError:
     """The error with the caller's name of its field; the longest name that fits wins."""
     param = error.param or ""
-    found = max((name for name in names if _covers(name, param)), key=len, default=None)
-    if found is None:
+    name = _name_of(param, names)
+    if name == param:
         return error
-    message = error.message.replace(f"'{param}'", f"'{names[found]}'")
+    message = error.message.replace(f"'{param}'", f"'{name}'")
     return ApiError(
         message,
         status=error.status,
         kind=error.kind,
-        param=names[found],
+        param=name,
         code=error.code,
         headers=error.headers,
     )
+
+
+def translated_job(
+    chat: ChatCompletionRequest, ticket: JobTicket, workshop: Workshop, names: Names
+) -> GenerationJob:
+    """See chat_job; the caller's field is named in its errors and as the source of a grammar."""
+    try:
+        job = chat_job(chat, ticket, workshop)
+    except ApiError as error:
+        raise renamed(error, names) from None
+    return replace(job, grammar_param=_name_of(job.grammar_param, names))
 
 
 def prompt_ids_of(chat: ChatCompletionRequest, workshop: Workshop) -> list[int]:
@@ -59,6 +70,11 @@ def prompt_ids_of(chat: ChatCompletionRequest, workshop: Workshop) -> list[int]:
     """
     job = chat_job(chat, JobTicket("", ""), replace(workshop, max_model_len=INT64_MAX))
     return job.requests[0].prompt_ids
+
+
+def _name_of(param: str, names: Names) -> str:
+    found = max((name for name in names if _covers(name, param)), key=len, default=None)
+    return param if found is None else names[found]
 
 
 def _covers(name: str, param: str) -> bool:

@@ -60,7 +60,7 @@ class CompletionsEndpoint:
 
 def completions_router(service: Service, authenticate: Authenticator) -> APIRouter:
     """The route, without a prefix. It needs a key."""
-    router = APIRouter(dependencies=[Depends(authenticate)], tags=["openai"])
+    router = APIRouter(dependencies=[Depends(authenticate), Depends(service.admission.hold)], tags=["openai"])
     endpoint = CompletionsEndpoint(service)
     router.add_api_route("/completions", endpoint.create_completion, methods=["POST"])
     return router

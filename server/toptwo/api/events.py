@@ -68,7 +68,7 @@ class EventFeed:
         with anyio.move_on_after(_CLOSE_SECONDS, shield=True) as scope:
             await asyncio.wait({self._task})
         if scope.cancelled_caught:
-            log.error("request could not be closed in the engine", request_id=self._request.request_id)
+            log.error("request could not be closed in the engine", sequence=self._request.request_id)
 
     async def _read(self, engine: Engine) -> None:
         failure = engine_failed(None)
@@ -80,7 +80,7 @@ class EventFeed:
         except EngineDeadError:
             failure = engine_unavailable()
         except Exception:
-            log.exception("request failed in the engine", request_id=self._request.request_id)
+            log.exception("request failed in the engine", sequence=self._request.request_id)
         self._failure = failure  # or the end of the events; nobody asks behind the terminal one
         self._arrival.set()
 
@@ -97,4 +97,5 @@ def _join(events: list[TokenEvent]) -> TokenEvent:
         last.error,
         [one for event in events for one in event.logprobs],
         [one for event in events for one in event.prompt_logprobs],
+        next((event.queue_seconds for event in events if event.queue_seconds is not None), None),
     )

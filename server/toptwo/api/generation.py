@@ -21,6 +21,8 @@ from toptwo.api.token_text import TokenReport, report_tokens
 from toptwo.engine.client import Engine
 from toptwo.errors import ApiError
 from toptwo.messages import GenerateRequest, TokenEvent
+from toptwo.telemetry.metrics import Metrics
+from toptwo.telemetry.record import RequestRecord, SequenceRecord, sequence_records
 from toptwo.text.detokenizer import Detokenizer
 from toptwo.text.harmony_reader import HarmonyReader
 from toptwo.text.model import ServedModel
@@ -73,7 +75,9 @@ def generate(
     overloaded: the error for a request that has waited too long for its turn in the engine.
     Raises ApiError at an iteration: 503 when no engine is ready, or none in time, 500 when it fails.
     """
-    choices = [_choice(engine, model, job, at, overloaded) for at in range(len(job.requests))]
+    record = job.record or RequestRecord("", Metrics(""))
+    records = sequence_records(record, len(job.requests[0].prompt_ids), len(job.requests))
+    choices = [_choice(engine, model, job, at, overloaded, one) for at, one in enumerate(records)]
     if len(choices) == 1:
         return choices[0]
     most = len(choices) if engine.info is None else num_together(job, engine.info)
@@ -161,7 +165,12 @@ class _Order:
 
 
 async def _choice(
-    engine: Engine, model: ServedModel, job: GenerationJob, index: int, overloaded: Callable[[], ApiError]
+    engine: Engine,
+    model: ServedModel,
+    job: GenerationJob,
+    index: int,
+    overloaded: Callable[[], ApiError],
+    record: SequenceRecord,
 ) -> AsyncGenerator[Delta, None]:
     request = job.requests[index]
     choice = _Choice(model, request, job.form, index)
@@ -169,9 +178,13 @@ async def _choice(
     try:
         while True:
             event = await feed.next()
+            record.take(event)
             if event.finish_reason == "overload":
+                record.end("overload")
                 raise overloaded()
             delta = choice.take(event)
+            if delta.finish_reason:  # before it is handed out: whoever has it may come no more
+                record.end("length" if delta.finish_reason == "length" else "stop")
             if delta.pieces or delta.reports or delta.prompt_reports or delta.finish_reason:
                 yield delta
             if choice.failure:
@@ -179,7 +192,11 @@ async def _choice(
             if delta.finish_reason:
                 return
     except (asyncio.CancelledError, GeneratorExit):
-        log.info("client left", request_id=request.request_id, generated_tokens=choice.num_tokens)
+        if record.end("abort"):
+            log.info("answer given up", sequence=request.request_id, generated_tokens=choice.num_tokens)
+        raise
+    except Exception:
+        record.end("error")
         raise
     finally:
         await feed.close()

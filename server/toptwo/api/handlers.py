@@ -21,11 +21,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from toptwo.api.security import Authenticator
 from toptwo.errors import ApiError, internal_error
+from toptwo.telemetry.metrics import Metrics
+from toptwo.telemetry.record import CLIENT_LEFT, RequestRecord
 
 log = structlog.get_logger()
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-_CLIENT_LEFT = 499  # nobody reads it; it is the custom in access logs
 
 
 def install_error_handlers(app: FastAPI, authenticate: Authenticator) -> None:
@@ -59,7 +60,7 @@ def install_error_handlers(app: FastAPI, authenticate: Authenticator) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=_CLIENT_LEFT)
+        return Response(status_code=CLIENT_LEFT)
 
 
 def error_response(error: ApiError) -> JSONResponse:
@@ -68,40 +69,49 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 class RequestEnvelope:
-    """ASGI middleware: names and times each request, and turns what nobody handled into a plain 500.
+    """ASGI middleware: names, times and records each request, and turns what nobody handled into a plain 500.
 
     Response headers: x-request-id (the caller's, when it is a sane one) and openai-processing-ms (until
-    the answer began).
+    the answer began). Whatever is logged on the way has the same id; handlers find the record in
+    `request.state.record`.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
-        began = time.perf_counter()
-        answered = False
+        record = RequestRecord(_request_id(scope), self._metrics)
+        state = scope.setdefault("state", {})
+        state["record"] = record
+        status = None
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal answered
+            nonlocal status
             if message["type"] == "http.response.start":
-                answered = True
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                headers["openai-processing-ms"] = str(int((time.perf_counter() - began) * 1000))
+                headers["x-request-id"] = record.request_id
+                headers["openai-processing-ms"] = str(int((time.perf_counter() - record.began) * 1000))
             await send(message)
 
-        try:
-            await self._app(scope, receive, send_with_headers)
-        except Exception:
-            if answered:  # the server then cuts the connection, so that half an answer looks like half
-                raise
-            log.exception("request failed", request_id=request_id)
-            await error_response(internal_error())(scope, receive, send_with_headers)
+        with structlog.contextvars.bound_contextvars(request_id=record.request_id):
+            try:
+                await self._app(scope, receive, send_with_headers)
+            except Exception:
+                if status is not None:
+                    status = HTTPStatus.INTERNAL_SERVER_ERROR
+                    raise  # the server then cuts the connection, so that half an answer looks like half
+                log.exception("request failed", request_id=record.request_id)
+                await error_response(internal_error())(scope, receive, send_with_headers)
+            finally:
+                # A path that leads nowhere is its caller's text, and there are endlessly many.
+                endpoint = getattr(scope.get("route"), "path", "other")
+                record.end(scope["method"], endpoint, int(status or CLIENT_LEFT), state.get("key_id"))
 
 
 def _request_id(scope: Scope) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from toptwo.api.sampling_schema import SamplingFields
 from toptwo.errors import ApiError
 from toptwo.messages import EngineInfo, GenerateRequest, Grammar, LogprobsWanted, SamplingParams
+from toptwo.telemetry.record import RequestRecord
 from toptwo.text.harmony import Harmony
 from toptwo.text.model import ServedModel
 from toptwo.text.parsers import ReasoningFormat
@@ -48,19 +49,22 @@ class GenerationJob:
     """What one answer needs. All requests have the same prompt; there is one per choice.
 
     grammar_param: the caller's field that their grammar comes from; whether it can be used is still to check.
+    record: where it is noted what becomes of it.
     """
 
     requests: tuple[GenerateRequest, ...]
     form: OutputForm
     grammar_param: str = "response_format"
+    record: RequestRecord | None = None
 
 
 @dataclass(frozen=True)
 class JobTicket:
-    """Whose job it is: a request id unique in the engine, and the scope of its cached prompts."""
+    """Whose job it is: a request id unique in the engine, the scope of cached prompts, the name in logs."""
 
     request_id: str
     cache_scope: str
+    log_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def make_requests(
             cache_scope=ticket.cache_scope,
             grammar=grammar,
             logprobs=order.logprobs,
+            log_name=ticket.log_name,
         )
         for index in range(order.num_choices)
     )

@@ -34,6 +34,7 @@ _HEADERS = {
     "openai-processing-ms": "Milliseconds until the answer began.",
     IGNORED_HEADER: "Fields of the request that made no difference.",
     "retry-after": "Seconds after which trying again makes sense.",
+    "x-should-retry": "Whether trying again makes sense at all.",
     "www-authenticate": "How to send a key.",
 }
 
@@ -215,7 +216,8 @@ def _error_responses() -> Json:
     }
 
 
-_EXTRA_HEADERS = {401: ("www-authenticate",), 503: ("retry-after",)}
+_RETRY = ("retry-after", "x-should-retry")
+_EXTRA_HEADERS = {401: ("www-authenticate",), 429: _RETRY, 503: _RETRY}
 
 
 def _error_name(kind: type[BaseModel], status: int) -> str:

@@ -78,6 +78,11 @@ class SamplingFields(StrictModel):
         return self.n or 1
 
     @property
+    def num_sequences(self) -> int:
+        """See StrictModel."""
+        return self.num_choices
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings, however many were given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

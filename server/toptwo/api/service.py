@@ -9,14 +9,16 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-import anyio
 from starlette.requests import Request
 
+from toptwo.api.admission import Admission, Permit
 from toptwo.api.body import read_body, run_while_connected
 from toptwo.api.completion import ChoiceText, CompletionHead, collect, fingerprint
 from toptwo.api.events import RETRY_AFTER_SECONDS, engine_unavailable
+from toptwo.api.fair_threads import FairThreads
 from toptwo.api.generation import Delta, generate
 from toptwo.api.health import Lifecycle
 from toptwo.api.job import GenerationJob, JobTicket, Workshop
@@ -24,13 +26,15 @@ from toptwo.api.validation import Parsed, Schema, parse_body
 from toptwo.engine.client import Engine
 from toptwo.errors import ApiError
 from toptwo.messages import EngineInfo
-from toptwo.text.grammar import GrammarChecker
+from toptwo.telemetry.record import RequestRecord
+from toptwo.text.grammar import GrammarChecker, GrammarError
 from toptwo.text.model import ServedModel
 
 IGNORED_HEADER = "x-toptwo-ignored"
 _SMALL_BODY_BYTES = 64 * 1024
 # Threads that parse, render and tokenise. Few: this work competes with the model for the cores.
 _NUM_TEXT_THREADS = 2
+_NUM_GRAMMAR_THREADS = 1  # there is one worker to check them, and a check may take seconds
 
 MakeJob = Callable[[JobTicket, Workshop], GenerationJob]
 
@@ -43,14 +47,25 @@ class Service:
     model: ServedModel
     grammars: GrammarChecker
     lifecycle: Lifecycle
-    limiter: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_NUM_TEXT_THREADS))
+    admission: Admission
+    text_threads: FairThreads = field(default_factory=lambda: FairThreads(_NUM_TEXT_THREADS))
+    grammar_threads: FairThreads = field(default_factory=lambda: FairThreads(_NUM_GRAMMAR_THREADS))
 
     async def parse(self, request: Request, schema: type[Schema]) -> Parsed[Schema]:
-        """The request's body as the schema. Raises ApiError (400, 408, 413) and ClientDisconnect."""
+        """The request's body as the schema, once there is room for what it asks for.
+
+        A sender that is slow takes nobody's place. Raises ApiError (400, 408, 413, 429, 503) and
+        ClientDisconnect.
+        """
         body = await read_body(request)
+        permit: Permit = request.state.permit
+        permit.take(1)
         if len(body) <= _SMALL_BODY_BYTES:
-            return parse_body(body, schema)
-        return await anyio.to_thread.run_sync(parse_body, body, schema, limiter=self.limiter)
+            parsed = parse_body(body, schema)
+        else:
+            parsed = await self.text_threads.run(request.state.key_id, partial(parse_body, body, schema))
+        permit.take(parsed.request.num_sequences - 1)
+        return parsed
 
     def head(self, kind: str) -> CompletionHead:
         """The head of a new answer, whose id begins with `kind`. Raises ApiError (503)."""
@@ -59,14 +74,16 @@ class Service:
         return CompletionHead(completion_id, int(time.time()), self.model.name, fingerprint(info))
 
     async def prepare(self, request: Request, request_id: str, make_job: MakeJob) -> GenerationJob:
-        """The job, made in a thread while the client stays. Raises ApiError (400, 503)."""
-        ticket = JobTicket(request_id, cache_scope=request.state.key_id)
-        workshop = Workshop(self.model, self.grammars, self.require_engine().max_model_len)
-        return await run_while_connected(request, self._in_thread(make_job, ticket, workshop))
+        """The job, made in threads while the client stays. Raises ApiError (400, 503)."""
+        record: RequestRecord = request.state.record
+        ticket = JobTicket(request_id, cache_scope=request.state.key_id, log_name=record.request_id)
+        workshop = Workshop(self.model, self.require_engine().max_model_len)
+        job = await run_while_connected(request, self._make(make_job, ticket, workshop))
+        return replace(job, record=record)
 
     def deltas(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
         """The answer in pieces."""
-        return generate(self.engine, self.model, job)
+        return generate(self.engine, self.model, job, self.admission.overloaded)
 
     async def choices(self, request: Request, job: GenerationJob) -> list[ChoiceText]:
         """The whole answer. Raises ApiError (500, 503) and ClientDisconnect."""
@@ -96,10 +113,18 @@ class Service:
             raise engine_unavailable()
         return self.engine.info
 
-    async def _in_thread(self, make_job: MakeJob, ticket: JobTicket, workshop: Workshop) -> GenerationJob:
-        return await anyio.to_thread.run_sync(
-            make_job, ticket, workshop, limiter=self.limiter, abandon_on_cancel=True
-        )
+    async def _make(self, make_job: MakeJob, ticket: JobTicket, workshop: Workshop) -> GenerationJob:
+        job = await self.text_threads.run(ticket.cache_scope, partial(make_job, ticket, workshop))
+        grammar, param = job.requests[0].grammar, job.grammar_param
+        if grammar is not None:
+            try:
+                await self.grammar_threads.run(
+                    ticket.cache_scope, partial(self.grammars.check, grammar.source)
+                )
+            except GrammarError as error:
+                message = f"Invalid value for '{param}': {error}"
+                raise ApiError(message, param=param, code="invalid_value") from None
+        return job
 
     async def _collect(self, job: GenerationJob) -> list[ChoiceText]:
         deltas = []

@@ -26,7 +26,6 @@ from toptwo.errors import ApiError, internal_error
 log = structlog.get_logger()
 
 PING_SECONDS = 15.0
-SEND_SECONDS = 60.0  # a client that reads nothing for so long is given up, at the next ping
 DONE = b"data: [DONE]\n\n"
 # A comment: clients try to parse the data of any event.
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -43,53 +42,32 @@ class EventStream(StreamingResponse):
         as_it_comes = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__(events, headers={**headers, **as_it_comes}, media_type="text/event-stream")
         self._events = events
-        self._blocked_since: float | None = None  # when the send began that has not ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; however it ends, the events' generator is closed."""
-        sending = asyncio.create_task(self._send_all(send), name="event stream")
+        sending = asyncio.create_task(self._send_events(send), name="event stream")
         leaving = asyncio.create_task(wait_for_disconnect(receive), name="end of the event stream's client")
         try:
             while not await _any_done(sending, leaving):
-                if not await self._ping(send):
-                    log.warning("client stopped reading its stream; the connection is given up")
-                    return
+                await send(_body(KEEP_ALIVE))  # waits as the events do while the client reads nothing
             if sending.done():
                 sending.result()
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             sending.cancel()
             leaving.cancel()
             await asyncio.gather(sending, leaving, return_exceptions=True)
 
-    async def _send_all(self, send: Send) -> None:
-        start: Message = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+    async def _send_events(self, send: Send) -> None:
         async with aclosing(self._events):
-            await self._send(send, start)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for event in self._events:
-                await self._send(send, _body(event))
-        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send(self, send: Send, message: Message) -> None:
-        self._blocked_since = asyncio.get_running_loop().time()
-        await send(message)
-        self._blocked_since = None
-
-    async def _ping(self, send: Send) -> bool:
-        """Send a comment, unless something else waits to be sent. False when the client reads neither."""
-        if self._blocked_since is not None:
-            return asyncio.get_running_loop().time() - self._blocked_since < SEND_SECONDS
-        try:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(_body(KEEP_ALIVE))
-        except TimeoutError:
-            return False
-        return True
+                await send(_body(event))
 
 
 async def _any_done(*tasks: asyncio.Task[None]) -> bool:
     """Wait for one of the tasks, no longer than to the next ping."""
-    seconds = min(PING_SECONDS, SEND_SECONDS)
-    done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait(tasks, timeout=PING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     return bool(done)
 
 

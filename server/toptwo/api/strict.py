@@ -37,6 +37,11 @@ class StrictModel(BaseModel):
         """Paths of fields that were set inside the object and make no difference."""
         return []
 
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences the request as a whole has the engine generate; 1 also where it has none."""
+        return 1
+
 
 def shape_of_list(value: object) -> str:
     """For unions of one and many: the tag of the branch, so that errors speak of one branch only."""

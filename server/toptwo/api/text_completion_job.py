@@ -23,7 +23,7 @@ from toptwo.text.tokenizer import Tokenizer
 def completion_job(
     request: CompletionRequest, prompt: str | list[int], ticket: JobTicket, workshop: Workshop
 ) -> GenerationJob:
-    """Tokenise one of the request's prompts and compile. Slow for long prompts: call it in a thread.
+    """Tokenise one of the request's prompts. Slow for long ones: call it in a thread.
 
     Raises ApiError (400) when the prompt is empty or does not fit, or a schema is bad.
     """
@@ -37,7 +37,6 @@ def completion_job(
         max_tokens=fit(len(prompt_ids), most_tokens, workshop.max_model_len, param="prompt"),
         num_choices=request.num_candidates,
         grammar=grammar,
-        grammar_param=param,
         logprobs=LogprobsWanted(
             output=0 if ranked and request.logprobs is None else request.logprobs,
             prompt=request.logprobs if request.echo else None,
@@ -48,7 +47,7 @@ def completion_job(
         # Whoever wants to know how likely a text is asks for one token more and counts on a report of
         # it. It is the last one anyway, so it needs not be a stop token, which would not be reported.
         requests = tuple(msgspec.structs.replace(one, stop_token_ids=[]) for one in requests)
-    return GenerationJob(requests, OutputForm(stops=request.stops, continues=True))
+    return GenerationJob(requests, OutputForm(stops=request.stops, continues=True), param)
 
 
 def raw_prompt_ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:

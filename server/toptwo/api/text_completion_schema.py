@@ -16,7 +16,7 @@ from toptwo.api.strict import contradiction
 from toptwo.api.tool_schema import ResponseFormat
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
-MOST_PROMPT_TOKENS = 4_000_000  # more than any model's context and than a body of numbers can hold
+MOST_PROMPT_TOKENS = 1 << 20  # the longest context of any model; checking a list keeps all threads waiting
 
 COMPLETION_REQUEST = ParameterTable(
     harmless={"metadata": anything, "user": anything}, neutral={"suffix": any_of("")}
@@ -81,6 +81,11 @@ class CompletionRequest(SamplingFields):
     def num_candidates(self) -> int:
         """How many answers to a prompt are generated."""
         return self.best_of or self.num_choices
+
+    @property
+    def num_sequences(self) -> int:
+        """See StrictModel."""
+        return len(self.prompts) * self.num_candidates
 
     @property
     def most_tokens(self) -> int:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar, TypeVar
 
-import anyio
 import orjson
 from fastapi import APIRouter, Depends
 from pydantic import Field, StringConstraints, model_validator
@@ -82,11 +81,9 @@ class TokensEndpoints:
         parsed = await self.service.parse(request, TokenizeRequest)
         self._require_model(parsed.request.model)
         max_model_len = self.service.require_engine().max_model_len
-        workshop = Workshop(self.service.model, self.service.grammars, max_model_len)
+        workshop = Workshop(self.service.model, max_model_len)
         work = partial(_tokenized, parsed.request, workshop)
-        body = await run_while_connected(
-            request, anyio.to_thread.run_sync(work, limiter=self.service.limiter)
-        )
+        body = await in_text_thread(self.service, request, work)
         return Response(body, media_type="application/json", headers=ignored_header(parsed.ignored))
 
     async def detokenize(self, request: Request) -> Response:
@@ -94,9 +91,7 @@ class TokensEndpoints:
         parsed = await self.service.parse(request, DetokenizeRequest)
         self._require_model(parsed.request.model)
         work = partial(_detokenized, parsed.request.tokens, self.service.model.tokenizer)
-        body = await run_while_connected(
-            request, anyio.to_thread.run_sync(work, limiter=self.service.limiter)
-        )
+        body = await in_text_thread(self.service, request, work)
         return Response(body, media_type="application/json", headers=ignored_header(parsed.ignored))
 
     def _require_model(self, name: str | None) -> None:
@@ -106,7 +101,7 @@ class TokensEndpoints:
 
 def tokens_router(service: Service, authenticate: Authenticator) -> APIRouter:
     """The routes, without a prefix. Every one needs a key."""
-    router = APIRouter(dependencies=[Depends(authenticate)], tags=["tokens"])
+    router = APIRouter(dependencies=[Depends(authenticate), Depends(service.admission.hold)], tags=["tokens"])
     endpoints = TokensEndpoints(service)
     router.add_api_route("/tokenize", endpoints.tokenize, methods=["POST"])
     router.add_api_route("/detokenize", endpoints.detokenize, methods=["POST"])
@@ -115,8 +110,7 @@ def tokens_router(service: Service, authenticate: Authenticator) -> APIRouter:
 
 async def in_text_thread(service: Service, request: Request, work: Callable[[], Result]) -> Result:
     """The result of slow work on texts, awaited while the client stays. Raises ClientDisconnect."""
-    running = anyio.to_thread.run_sync(work, limiter=service.limiter, abandon_on_cancel=True)
-    return await run_while_connected(request, running)
+    return await run_while_connected(request, service.text_threads.run(request.state.key_id, work))
 
 
 def _tokenized(wanted: TokenizeRequest, workshop: Workshop) -> bytes:

@@ -15,7 +15,18 @@ from typing import Protocol
 
 from toptwo.engine.transport import ClientSocket
 from toptwo.errors import EngineDeadError
-from toptwo.messages import AbortRequest, EngineInfo, GenerateRequest, Hello, TokenEvent, TokenEvents
+from toptwo.messages import (
+    AbortRequest,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    Hello,
+    StatsRequest,
+    TokenEvent,
+    TokenEvents,
+)
+
+_STATS_SECONDS = 1.0  # an engine answers between two steps, and a step may take longer
 
 
 class Engine(Protocol):
@@ -34,6 +45,13 @@ class Engine(Protocol):
         Raises EngineDeadError at the first iteration when no engine is ready.
         """
 
+    @property
+    def num_restarts(self) -> int:
+        """How many engines came after the first one."""
+
+    async def stats(self) -> EngineStats | None:
+        """What the engine counts: now, or a while ago if it is busy; None when it has not told yet."""
+
 
 class EngineClient:
     """Talks to one engine process at a time; the supervisor connects it to each new one."""
@@ -43,6 +61,10 @@ class EngineClient:
         self._reader: asyncio.Task[None] | None = None
         self._queues: dict[str, asyncio.Queue[TokenEvent]] = {}
         self._info: EngineInfo | None = None
+        self._stats: EngineStats | None = None
+        self._stats_came = asyncio.Event()
+        self._num_connected = 0
+        self.num_received = 0  # messages of engines, of whatever kind
         self.ready = asyncio.Event()
 
     @property
@@ -54,15 +76,26 @@ class EngineClient:
         """Requests that have not ended."""
         return len(self._queues)
 
+    @property
+    def num_restarts(self) -> int:
+        """See `Engine.num_restarts`."""
+        return max(0, self._num_connected - 1)
+
     async def connect(self, path: Path) -> None:
         """Greet the engine at `path`; `ready` is set when it answers."""
+        self._num_connected += 1
         self._socket = ClientSocket(path)
         self._reader = asyncio.create_task(self._read(self._socket), name="engine-reader")
-        await self._socket.send(Hello())
+        await self.greet()
+
+    async def greet(self) -> None:
+        """Ask for a sign of life: an engine whose loop turns answers between two steps."""
+        if self._socket:
+            await self._socket.send(Hello())
 
     async def disconnect(self, reason: str) -> None:
         """Forget the engine and end all open requests with an error."""
-        self._info = None
+        self._info = self._stats = None
         self.ready.clear()
         if self._reader:
             self._reader.cancel()
@@ -79,6 +112,16 @@ class EngineClient:
             if self._socket:
                 await self._socket.send(AbortRequest(request_id))
             self._deliver(TokenEvent(request_id, [], "error", error=reason))
+
+    async def stats(self) -> EngineStats | None:
+        """See `Engine.stats`."""
+        if self._socket and self._info:
+            self._stats_came.clear()
+            await self._socket.send(StatsRequest())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_STATS_SECONDS):
+                    await self._stats_came.wait()
+        return self._stats
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """See `Engine.generate`."""
@@ -100,10 +143,14 @@ class EngineClient:
     async def _read(self, socket: ClientSocket) -> None:
         while True:
             message = await socket.receive()
+            self.num_received += 1
             match message:
                 case EngineInfo():
                     self._info = message
                     self.ready.set()
+                case EngineStats():
+                    self._stats = message
+                    self._stats_came.set()
                 case TokenEvents():
                     for event in message.events:
                         self._deliver(event)

@@ -7,17 +7,23 @@ the KV cache can no longer be trusted, and whoever started it starts it anew.
 
 from __future__ import annotations
 
-from typing import Protocol
+import time
+from typing import NamedTuple, Protocol
 
 import structlog
 
 from toptwo.engine.scheduler import Scheduler
 from toptwo.engine.transport import EngineSocket
 from toptwo.messages import (
+    SECONDS,
     AbortRequest,
+    ClientMessage,
     EngineInfo,
+    EngineStats,
     GenerateRequest,
     Hello,
+    Histogram,
+    StatsRequest,
     StepPlan,
     StepResult,
     TokenEvent,
@@ -33,6 +39,16 @@ class Runner(Protocol):
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step; blocks until it is done."""
 
+    def expert_tokens(self) -> dict[int, list[int]]:
+        """By layer, how many tokens came to each expert so far."""
+
+
+class _Origin(NamedTuple):
+    """Who asked: a client's routing id, and what the logs call its request."""
+
+    client: bytes
+    log_name: str
+
 
 class Engine:
     """Serves clients on a socket until the process is ended."""
@@ -42,7 +58,8 @@ class Engine:
         self._runner = runner
         self._socket = socket
         self._info = info
-        self._client_of: dict[str, bytes] = {}
+        self._origins: dict[str, _Origin] = {}
+        self._step_seconds = Histogram.over(SECONDS)
 
     def run(self) -> None:
         """Loop for ever. Raises what a step raised, after every request was told."""
@@ -59,14 +76,24 @@ class Engine:
     def step(self) -> None:
         """Plan, run and report one step, if there is anything to run."""
         try:
+            self._expire()
             plan = self._scheduler.plan()
             if plan:
-                self._send(self._scheduler.apply(self._runner.execute(plan)))
+                began = time.perf_counter()
+                result = self._runner.execute(plan)
+                self._step_seconds.add(time.perf_counter() - began)
+                self._send(self._scheduler.apply(result))
         except Exception:
+            log.error("step failed", requests=sorted({origin.log_name for origin in self._origins.values()}))
             self._send(self._scheduler.fail_all("the engine failed while it computed this request"))
             raise
 
-    def _handle(self, client: bytes, message: Hello | GenerateRequest | AbortRequest) -> None:
+    def _expire(self) -> None:
+        if expired := self._scheduler.expire():
+            log.warning("requests waited too long", count=len(expired))
+            self._send(expired)
+
+    def _handle(self, client: bytes, message: ClientMessage) -> None:
         match message:
             case Hello():
                 self._socket.send(client, self._info)
@@ -74,27 +101,55 @@ class Engine:
                 self._add(client, message)
             case AbortRequest():
                 self._abort(message.request_id)
+            case StatsRequest():
+                self._socket.send(client, self._stats())
 
     def _add(self, client: bytes, request: GenerateRequest) -> None:
-        refusal = self._scheduler.add(request)
+        try:
+            refusal = self._scheduler.add(request)
+        except Exception:  # nothing was computed for it yet, so it can go alone
+            log.exception("request failed", request_id=request.log_name, sequence=request.request_id)
+            self._scheduler.abort(request.request_id)
+            error = "the engine failed to take in this request"
+            refusal = TokenEvent(request.request_id, [], "error", error=error)
         if refusal is None:
-            self._client_of[request.request_id] = client
+            self._origins[request.request_id] = _Origin(client, request.log_name)
         else:
-            log.warning("request refused", request_id=request.request_id, reason=refusal.error)
+            names = {"request_id": request.log_name, "sequence": request.request_id}
+            log.warning("request refused", **names, reason=refusal.error)
             self._socket.send(client, TokenEvents([refusal]))
 
     def _abort(self, request_id: str) -> None:
         event = self._scheduler.abort(request_id)
         if event:
-            log.info("request aborted", request_id=request_id, free_blocks=self._scheduler.blocks.num_free)
+            names = {"request_id": self._origins[request_id].log_name, "sequence": request_id}
+            log.info("request aborted", **names, free_blocks=self._scheduler.blocks.num_free)
             self._send([event])
+
+    def _stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_free_blocks=scheduler.blocks.num_free,
+            preemptions=scheduler.num_preemptions,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            generation_tokens=scheduler.num_generated_tokens,
+            prefix_queries=scheduler.num_prefix_queries,
+            prefix_hits=scheduler.num_prefix_hits,
+            step_seconds=self._step_seconds,
+            expert_tokens=self._runner.expert_tokens(),
+        )
 
     def _send(self, events: list[TokenEvent]) -> None:
         """One message per client with all of its events."""
         by_client: dict[bytes, list[TokenEvent]] = {}
         for event in events:
-            by_client.setdefault(self._client_of[event.request_id], []).append(event)
+            origin = self._origins.get(event.request_id)
+            if origin is None:  # it has ended meanwhile
+                continue
+            by_client.setdefault(origin.client, []).append(event)
             if event.finish_reason:
-                del self._client_of[event.request_id]
+                del self._origins[event.request_id]
         for client, own in by_client.items():
             self._socket.send(client, TokenEvents(own))

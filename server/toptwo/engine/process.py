@@ -27,8 +27,13 @@ def bind_to_parent() -> None:
 
 
 def read_config() -> bytes:
-    """The configuration line that the supervisor writes to standard input, which is watched from then on."""
+    """The configuration line that the supervisor writes to standard input, which is watched from then on.
+
+    Ends this process when there is none: the parent was killed before it could write it.
+    """
     line = sys.stdin.buffer.readline()
+    if not line.endswith(b"\n"):
+        os._exit(0)
     threading.Thread(target=_exit_at_end_of_input, name="parent-watch", daemon=True).start()
     return line
 

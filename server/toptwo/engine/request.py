@@ -14,15 +14,19 @@ class Sequence:
 
     token_ids: the prompt and what was generated.
     num_computed: tokens whose KV is in `block_ids`; the rest is what is left to run.
+    arrived: when the request came, by the scheduler's clock.
     num_cached: prompt tokens that the prefix cache gave at the first admission; None before it.
+    queue_seconds: how long it waited for that.
     slot: the runtime's slot, only while running.
     scores: what is known of the prompt's tokens from the second on, until it is sent.
     """
 
     request: GenerateRequest
+    arrived: float = 0.0
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
     num_cached: int | None = None
+    queue_seconds: float = 0.0
     block_ids: list[int] = field(default_factory=list)
     slot: int | None = None
     scores: list[TokenLogprobs] = field(default_factory=list)

@@ -4,12 +4,16 @@ A step runs `num_tokens - num_computed` tokens of each chosen sequence under a t
 chunked prefill, a prefix-cache hit, decoding and resuming after a preemption are all this one rule
 (the idea is vLLM V1's). Running sequences go first, oldest first; then the waiting ones, first come
 first served. When blocks run out, the youngest running sequence gives up its blocks and waits at the
-head of the queue to be recomputed. The oldest one is never preempted, so everything finishes.
+head of the queue to be recomputed. The oldest one is never preempted, so everything that was begun
+finishes. Who has waited too long without having been begun is told so, and nothing is computed for it.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from toptwo.engine.blocks import BlockPool
@@ -27,24 +31,36 @@ from toptwo.messages import (
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """max_step_tokens is at least max_num_seqs, so that every running sequence can take a step."""
+    """max_step_tokens is at least max_num_seqs, so that every running sequence can take a step.
+
+    max_queue_seconds: how long a request may wait to be begun.
+    """
 
     vocab_size: int
     max_model_len: int
     max_num_seqs: int
     max_step_tokens: int
     prefix_caching: bool = True
+    max_queue_seconds: float = math.inf
 
 
 class Scheduler:
-    """Turns requests into step plans, and step results into token events."""
+    """Turns requests into step plans, and step results into token events.
 
-    def __init__(self, limits: SchedulerLimits, blocks: BlockPool) -> None:
+    clock: seconds that only ever grow.
+    """
+
+    def __init__(
+        self, limits: SchedulerLimits, blocks: BlockPool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         if blocks.num_blocks < blocks.blocks_for(limits.max_model_len):
             raise ValueError("the block pool cannot hold one sequence of max_model_len tokens")
         self.limits = limits
         self.blocks = blocks
+        self._clock = clock
         self.num_preemptions = 0
+        self.num_prompt_tokens = self.num_generated_tokens = 0  # of prompts answered, and generated
+        self.num_prefix_queries = self.num_prefix_hits = 0  # prompt tokens
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # oldest first
         self._sequences: dict[str, Sequence] = {}
@@ -69,7 +85,7 @@ class Scheduler:
         problem = self._problem_of(request)
         if problem:
             return TokenEvent(request.request_id, [], "error", error=problem)
-        sequence = Sequence(request)
+        sequence = Sequence(request, self._clock())
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
         return None
@@ -81,6 +97,19 @@ class Scheduler:
             return None
         self._remove(sequence)
         return TokenEvent(request_id, [], "abort", sequence.num_cached or 0)
+
+    def expire(self) -> list[TokenEvent]:
+        """End the requests that have waited too long to be begun. Preempted ones have been."""
+        latest = self._clock() - self.limits.max_queue_seconds
+        expired = []
+        for sequence in self._waiting:  # first come, first served: behind one in time all are
+            if sequence.num_cached is None and sequence.arrived > latest:
+                break
+            if sequence.num_cached is None:
+                expired.append(sequence)
+        for sequence in expired:
+            self._remove(sequence)
+        return [TokenEvent(sequence.request.request_id, [], "overload") for sequence in expired]
 
     def fail_all(self, error: str) -> list[TokenEvent]:
         """End every request with an error."""
@@ -187,6 +216,10 @@ class Scheduler:
         sequence.num_computed = len(cached) * self.blocks.block_size
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
+            sequence.queue_seconds = self._clock() - sequence.arrived
+            if self.limits.prefix_caching:
+                self.num_prefix_queries += sequence.num_prompt_tokens
+                self.num_prefix_hits += sequence.num_cached
         sequence.slot = self._free_slots.pop()
         self._running.append(sequence)
         return NewSequence(
@@ -227,13 +260,18 @@ class Scheduler:
         reason = sequence.finish_reason()
         if reason:
             self._remove(sequence)
+        is_first = sequence.num_generated == 1
+        self.num_generated_tokens += 1
+        if is_first:
+            self.num_prompt_tokens += sequence.num_prompt_tokens
         return TokenEvent(
             sequence.request.request_id,
             [token],
             reason,
             sequence.num_cached or 0,
             logprobs=logprobs,
-            prompt_logprobs=sequence.scores if sequence.num_generated == 1 else [],
+            prompt_logprobs=sequence.scores if is_first else [],
+            queue_seconds=sequence.queue_seconds if is_first else None,
         )
 
     def _fail(self, sequence: Sequence, error: str) -> TokenEvent:

@@ -1,4 +1,4 @@
-"""Keeps an engine process alive: start it, connect the client, restart it when it dies, give up in time.
+"""Keeps an engine process alive: start, connect the client, restart when it dies or hangs, give up in time.
 
 Knows processes and the client; must not know what the engine process does inside.
 """
@@ -17,7 +17,8 @@ import structlog
 
 from toptwo.engine.client import EngineClient
 from toptwo.engine.process import read_explanation
-from toptwo.errors import StartupError
+from toptwo.engine.watchdog import WATCHFUL, HangPolicy, wait_until_hung
+from toptwo.errors import CheckpointError, StartupError
 from toptwo.messages import EngineInfo
 
 log = structlog.get_logger()
@@ -54,11 +55,18 @@ class Supervisor:
     dead engine can reach its successor's clients.
     """
 
-    def __init__(self, command: EngineCommand, run_dir: Path, policy: RestartPolicy = PATIENT) -> None:
+    def __init__(
+        self,
+        command: EngineCommand,
+        run_dir: Path,
+        policy: RestartPolicy = PATIENT,
+        hang_policy: HangPolicy = WATCHFUL,
+    ) -> None:
         self.client = EngineClient()
         self._command = command
         self._run_dir = run_dir
         self._policy = policy
+        self._hang_policy = hang_policy
         self._crashes: deque[float] = deque(maxlen=policy.max_crashes)
         self._generation = 0
         self._first_info: EngineInfo | None = None
@@ -73,12 +81,14 @@ class Supervisor:
     async def run(self) -> None:
         """Until `stop`. Raises StartupError when the first engine cannot start, or engines keep dying."""
         while not self._stopping:
-            status, reason = await self._run_once()
+            status, told = await self._run_once()
             if self._stopping:  # set by `stop` while the process ran
                 return  # type: ignore[unreachable]
-            reason = reason or f"the engine ended with status {status}"
+            reason = told or f"the engine ended with status {status}"
             if self._first_info is None:
-                raise StartupError(reason)
+                # Python has uses of its own for that status, but then nothing is told.
+                blames_model = told and status == CheckpointError.exit_code
+                raise CheckpointError(reason) if blames_model else StartupError(reason)
             log.error("engine died", reason=reason)
             self._crashes.append(time.monotonic())
             if len(self._crashes) == self._policy.max_crashes and self._within_window():
@@ -118,6 +128,7 @@ class Supervisor:
         self._process = process
         if self._stopping:  # `stop` came while the process was being started, and saw none to end
             process.kill()
+        watching = asyncio.create_task(self._watch(process), name="engine watchdog")
         try:
             # It died at once; RuntimeError is uvloop's word for a pipe that is closed.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError, RuntimeError):
@@ -129,8 +140,16 @@ class Supervisor:
             self._first_info = self._first_info or self.client.info
             return status, read_explanation(path)
         finally:
+            watching.cancel()
             await self.client.disconnect("the engine stopped while it worked on this request")
             path.unlink(missing_ok=True)
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Kill the engine when it hangs; what follows is that of any other death."""
+        reason = await wait_until_hung(self.client, process.pid, self._hang_policy)
+        log.error("engine hangs", reason=reason)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
