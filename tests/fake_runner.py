@@ -71,6 +71,9 @@ class CheckingRunner:
             results.append(token)
         return StepResult(plan.step, results)
 
+    def expert_tokens(self) -> dict[int, list[int]]:
+        return {0: [self.steps, 0]}
+
     def _admit(self, new: NewSequence) -> None:
         assert 0 <= new.slot < self.num_slots
         self.tokens[new.slot] = list(new.token_ids)

@@ -197,10 +197,10 @@ NB_MODULE(_native, m) {
                           top_groups, best_two, jitter, at<float>(logit_bias), at<float>(selection_bias)},
                          at<int64_t>(ids), at<float>(weights)));
       })
-      .def("experts", [](Program& p, Address x, Address ids, Address weights, int64_t top_k, int format,
-                         int64_t hidden, int64_t ffn, Address gate_up, Address down, int64_t num_experts,
+      .def("experts", [](Program& p, Address x, Address ids, Address weights, int64_t top_k, Address counts,
+                         int format, int64_t hidden, int64_t ffn, Address gate_up, Address down, int64_t num_experts,
                          int activation, Address gate_up_bias, Address down_bias, float limit, Address out) {
-        p.add(make_experts(at<float>(x), at<int64_t>(ids), at<float>(weights), top_k,
+        p.add(make_experts(at<float>(x), {at<int64_t>(ids), at<float>(weights), top_k, at<int64_t>(counts)},
                            {matrix(format, 2 * round_up(ffn, kRows), hidden, gate_up),
                             matrix(format, hidden, ffn, down), num_experts, Epilogue(activation),
                             at<float>(gate_up_bias), at<float>(down_bias), limit},

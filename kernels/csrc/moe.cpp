@@ -12,12 +12,12 @@ namespace {
 // all of its tokens; a pair's result lands in its own row and is combined in slot order.
 class Experts : public Instruction {
  public:
-  Experts(const float* x, const int64_t* ids, const float* weights, int64_t top_k, ExpertStack stack, float* out)
-      : x_(x), ids_(ids), weights_(weights), top_k_(top_k), stack_(stack), out_(out) {}
+  Experts(const float* x, Choice choice, ExpertStack stack, float* out)
+      : x_(x), choice_(choice), stack_(stack), out_(out) {}
 
   void run(Context& c) const override {
     const Matrix &gate_up = stack_.gate_up, &down = stack_.down;
-    const int64_t tokens = c.step.num_tokens, pairs = tokens * top_k_, hidden = down.rows, ffn = down.cols;
+    const int64_t tokens = c.step.num_tokens, pairs = tokens * choice_.top_k, hidden = down.rows, ffn = down.cols;
     const Rooms r = rooms(c.scratch, tokens);
     const uint8_t* x = reinterpret_cast<const uint8_t*>(x_);
     int64_t x_stride = hidden * 4, h_stride = ffn * 4;
@@ -74,7 +74,7 @@ class Experts : public Instruction {
   Rooms rooms(uint8_t* base, int64_t tokens) const {
     Rooms r{};
     int64_t at = 0;
-    const int64_t pairs = tokens * top_k_;
+    const int64_t pairs = tokens * choice_.top_k;
     auto take = [&](int64_t bytes) {
       uint8_t* room = base + at;
       at += round_up(bytes, 64);
@@ -93,17 +93,18 @@ class Experts : public Instruction {
   }
 
   void sort_pairs(const Rooms& r, int64_t tokens) const {
-    const int64_t pairs = tokens * top_k_;
+    const int64_t pairs = tokens * choice_.top_k, *ids = choice_.ids;
     std::fill(r.starts, r.starts + stack_.count + 2, 0);
-    for (int64_t p = 0; p < pairs; ++p) ++r.starts[ids_[p] + 1];
+    for (int64_t p = 0; p < pairs; ++p) ++r.starts[ids[p] + 1];
     int64_t active = 0;
     for (int64_t e = 0; e < stack_.count; ++e) {
       if (r.starts[e + 1]) r.active[active++] = e;
+      if (choice_.counts) choice_.counts[e] += r.starts[e + 1];
       r.starts[e + 1] += r.starts[e];
     }
     for (int64_t p = 0; p < pairs; ++p) {
-      const int64_t at = r.starts[ids_[p]]++;
-      r.tokens[at] = int32_t(p / top_k_);
+      const int64_t at = r.starts[ids[p]]++;
+      r.tokens[at] = int32_t(p / choice_.top_k);
       r.pairs[at] = int32_t(p);
     }
     for (int64_t e = stack_.count; e > 0; --e) r.starts[e] = r.starts[e - 1];
@@ -132,25 +133,22 @@ class Experts : public Instruction {
     const int64_t hidden = stack_.down.rows;
     float* out = out_ + t * hidden;
     std::fill(out, out + hidden, 0.0f);
-    for (int64_t slot = 0; slot < top_k_; ++slot) {
-      const int64_t p = t * top_k_ + slot;
-      c.kernels.add_scaled(out, r.result + p * hidden, weights_[p], hidden);
+    for (int64_t slot = 0; slot < choice_.top_k; ++slot) {
+      const int64_t p = t * choice_.top_k + slot;
+      c.kernels.add_scaled(out, r.result + p * hidden, choice_.weights[p], hidden);
     }
   }
 
   const float* x_;
-  const int64_t* ids_;
-  const float* weights_;
-  int64_t top_k_;
+  Choice choice_;
   ExpertStack stack_;
   float* out_;
 };
 
 }  // namespace
 
-InstructionPtr make_experts(const float* x, const int64_t* ids, const float* weights, int64_t top_k, ExpertStack stack,
-                            float* out) {
-  return std::make_unique<Experts>(x, ids, weights, top_k, stack, out);
+InstructionPtr make_experts(const float* x, Choice choice, ExpertStack stack, float* out) {
+  return std::make_unique<Experts>(x, choice, stack, out);
 }
 
 }  // namespace toptwo

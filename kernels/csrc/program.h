@@ -117,6 +117,14 @@ struct RouterSpec {
 };
 InstructionPtr make_route(const float* x, Matrix router, RouterSpec spec, int64_t* ids, float* weights);
 
+// Each token's top_k experts and their weights. counts: int64 [E], to which is added how often each expert was chosen;
+// null: nobody counts.
+struct Choice {
+  const int64_t* ids;
+  const float* weights;
+  int64_t top_k;
+  int64_t* counts;
+};
 // gate_up and down are the first of `count` matrices that lie one after the other, as their biases do.
 struct ExpertStack {
   Matrix gate_up, down;
@@ -125,8 +133,7 @@ struct ExpertStack {
   const float *gate_up_bias, *down_bias;  // null: none
   float limit;
 };
-InstructionPtr make_experts(const float* x, const int64_t* ids, const float* weights, int64_t top_k, ExpertStack stack,
-                            float* out);
+InstructionPtr make_experts(const float* x, Choice choice, ExpertStack stack, float* out);
 
 class Program {
  public:

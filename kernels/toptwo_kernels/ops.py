@@ -103,10 +103,14 @@ class RouterWeights:
 
 @dataclass(frozen=True)
 class Routing:
-    """The choice of experts: logical expert ids and their float32 weights, best first."""
+    """The choice of experts: logical expert ids and their float32 weights, best first.
+
+    counts_E: int64, to which `experts` adds how many tokens came to each expert; None to count nowhere.
+    """
 
     ids_TK: Tensor
     weights_TK: Tensor
+    counts_E: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -293,7 +297,8 @@ class Ops(Protocol):
     def experts(self, x_TH: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         """Sum of the chosen experts' outputs times their weights, in slot order.
 
-        Only chosen experts are computed, each once for all of its tokens.
+        Only chosen experts are computed, each once for all of its tokens. What came to each is added to the
+        routing's counts.
         """
 
     def add(self, x_TH: Tensor, y_TH: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -24,10 +26,12 @@ import uvicorn
 import uvloop
 from rich.console import Console
 
+from toptwo.api.admission import AdmissionLimits
+from toptwo.api.connection import BoundedHttp
 from toptwo.api.health import Lifecycle
 from toptwo.api.security import KeyRing
-from toptwo.app import create_app
-from toptwo.banner import print_banner, print_key
+from toptwo.app import AppOptions, create_app
+from toptwo.banner import print_banner, print_chat_off, print_key
 from toptwo.engine.supervisor import EngineCommand, Supervisor
 from toptwo.errors import StartupError
 from toptwo.local_key import LocalKey, load_or_create_key
@@ -43,6 +47,13 @@ log = structlog.get_logger()
 RUN_DIR_PREFIX = "toptwo-run-"
 LONGEST_SOCKET_DIR = 80  # a Unix socket's path has at most 107 bytes, the file's name included
 BACKLOG = 2048
+# libuv takes in one connection per listening socket and turn of its loop, and a turn answers all who are there:
+# a busy server would leave new clients, and health checks, at the door for seconds.
+ACCEPTS_PER_TURN = 32
+# What the kernel keeps of an answer that its client does not take: by itself, it lets this grow to megabytes.
+SEND_BUFFER_BYTES = 128 * 1024
+KEEP_ALIVE_SECONDS = 60  # of silence, after which the kernel asks whether the client's machine is still there
+MOST_OPEN_FILES = 1 << 16  # far more connections than one process serves
 CUT_SECONDS = 5  # for the error events of requests that are cut at the end of the drain time
 
 
@@ -55,13 +66,22 @@ def serve(settings: Settings, sources: dict[str, str], console: Console) -> None
     # which cancels everything, and which a signal in the first moments still reaches.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit_on_signal)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, quoting=False)
+    _raise_file_limit()
     for name in unknown_variables():
         log.warning("there is no such setting; the variable is ignored", variable=name)
     with contextlib.closing(_bind(settings)) as listener, _run_dir() as run_dir:
         source = find_model(settings, console)
         with _key(settings) as key:
             uvloop.run(_Site(settings, sources, console, source, key, listener, run_dir).run())
+
+
+def _raise_file_limit() -> None:
+    """A connection is an open file, and the usual soft limit of 1,024 is for programs that use select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _exit_on_signal(number: int, _frame: object) -> None:
@@ -76,6 +96,7 @@ def _bind(settings: Settings) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound_clients(listener, settings.send_timeout)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:
@@ -83,6 +104,15 @@ def _bind(settings: Settings) -> socket.socket:
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; see --host and --port"
         ) from None
     return listener
+
+
+def bound_clients(listener: socket.socket, send_timeout: int) -> None:
+    """What accepted connections inherit: the kernel ends those whose clients stop reading, or vanish."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEP_ALIVE_SECONDS)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, send_timeout * 1000)
 
 
 @contextlib.contextmanager
@@ -132,6 +162,7 @@ class _Site:
     key: LocalKey | None
     listener: socket.socket
     run_dir: Path
+    has_chat: bool = True  # known when the model's words have been read
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     told_to_drain: asyncio.Event = field(default_factory=asyncio.Event)
     told_to_cut: asyncio.Event = field(default_factory=asyncio.Event)
@@ -148,9 +179,11 @@ class _Site:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._drain, server)
         engine = asyncio.create_task(supervisor.run(), name="engine")
-        serving = asyncio.create_task(server.serve(sockets=[self.listener]), name="server")
+        doors = [self.listener, *(self.listener.dup() for _ in range(ACCEPTS_PER_TURN - 1))]
+        serving = asyncio.create_task(server.serve(sockets=doors), name="server")
         announcing = asyncio.create_task(self._announce(supervisor), name="banner")
         cutting = asyncio.create_task(self._cut(supervisor), name="cut")
+        gc.freeze()  # all modules and words are here to stay: looking through them stops everything for long
         await asyncio.wait({engine, serving}, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
         try:
@@ -180,14 +213,22 @@ class _Site:
         await supervisor.client.end_all("the server is shutting down")
 
     def _create_server(self, supervisor: Supervisor, grammars: GrammarChecker) -> _Server:
-        keys = [self.key.secret] if self.key else self.settings.api_key
-        model = load_served_model(self.source.directory, self.source.name)
-        app = create_app(supervisor.client, model, grammars, KeyRing.from_keys(keys), self.lifecycle)
+        model = load_served_model(self.source.directory, self.source.name, self.settings.chat_template)
+        self.has_chat = model.template is not None
+        if not self.has_chat:
+            log.warning("the model has no chat template: chats, responses and messages are refused")
+        limits = AdmissionLimits(
+            self.settings.max_num_seqs, self.settings.max_queue, self.settings.max_requests_per_key
+        )
+        keys = KeyRing.from_keys([self.key.secret] if self.key else self.settings.api_key)
+        options = AppOptions(limits, self.settings.metrics)
+        app = create_app(supervisor.client, model, grammars, keys, self.lifecycle, options)
         return _Server(
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http="httptools",
+                http=BoundedHttp,
+                ws="none",
                 log_config=None,
                 log_level="warning",
                 access_log=False,
@@ -212,6 +253,8 @@ class _Site:
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v3/openai"
         try:
             print_banner(self.console, self.source.name, info, url, self.settings, self.sources)
-            print_key(self.console, self.key, url, self.source.name)
+            if not self.has_chat:
+                print_chat_off(self.console)
+            print_key(self.console, self.key, url, self.source.name, has_chat=self.has_chat)
         except OSError:
             log.exception("the banner could not be printed")

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import structlog
 
 from toptwo.engine import process
 from toptwo.errors import StartupError
@@ -34,7 +37,7 @@ def run_engine(socket_path: Path) -> None:
     from toptwo.telemetry.logs import configure_logging
 
     settings = Settings(**config["settings"])
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, quoting=True)  # it sees no text and no key
     endpoint = EngineSocket(socket_path)
     with _loading_bar() as on_progress:
         runtime = build_runtime(settings, Path(config["directory"]), on_progress, own_process=True)
@@ -45,6 +48,7 @@ def run_engine(socket_path: Path) -> None:
         max_num_seqs=info.max_num_seqs,
         max_step_tokens=info.max_step_tokens,
         prefix_caching=info.prefix_caching,
+        max_queue_seconds=settings.queue_timeout,
     )
     scheduler = Scheduler(limits, BlockPool(info.num_blocks, info.block_size))
     Engine(scheduler, runtime.runner, endpoint, info).run()
@@ -67,4 +71,7 @@ if __name__ == "__main__":
         run_engine(Path(sys.argv[1]))
     except StartupError as reason:
         process.explain_failure(Path(sys.argv[1]), str(reason))
-        sys.exit(1)
+        sys.exit(reason.exit_code)
+    except Exception:
+        structlog.get_logger().exception("engine failed")
+        os._exit(1)  # an orderly end would take a second, in which requests still come that nobody reads

@@ -308,14 +308,23 @@ def test_a_hub_id_without_a_hub_is_one_line(start: Start) -> None:
     assert "Traceback" not in server.err
 
 
-def test_a_broken_checkpoint_is_one_line(start: Start, tmp_path: Path, checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.safetensors", b"not a tensor in sight", "model.safetensors: not a safetensors file"),
+        ("config.json", b'{"model_type": "gpt2"}', "config.json: model_type 'gpt2' is not supported"),
+    ],
+)
+def test_a_broken_checkpoint_is_one_line_and_status_2(
+    start: Start, tmp_path: Path, checkpoint: Path, name: str, content: bytes, words: str
+) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in checkpoint.iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
-    (broken / "model.safetensors").write_bytes(b"not a tensor in sight")
+    (broken / name).write_bytes(content)
     server = start(model=str(broken))
-    assert server.process.wait(60) == 1
+    assert server.process.wait(60) == 2
     reasons = [line for line in server.err.splitlines() if not line.startswith("{")]
     assert len(reasons) == 1
-    assert "model.safetensors: not a readable safetensors file" in reasons[0]
+    assert words in reasons[0]

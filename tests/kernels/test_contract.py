@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tiny import load_runner, write_mixtral
+from tiny import FAMILIES, load_runner
 from toptwo.messages import NewSequence, Row, SamplingParams, StepPlan
 from toptwo_kernels import registry
 from toptwo_kernels.ops import Matrix, Ops, StepBatch
 
-UNUSED = {"layer_norm", "norm_slices", "linear_per_head", "latent_attention", "scale", "clamp"}  # by Mixtral
 FLOATS = {torch.float32, torch.float64}
 
 
@@ -77,23 +76,30 @@ class CheckingOps:
         return checked
 
 
-def test_every_argument_keeps_the_contract(
-    tmp_path: Path, backend: str, ops: Ops, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_mixtral(tmp_path)
-    checking = CheckingOps(ops)
-    monkeypatch.setattr("toptwo.runtime.build.load_backend", lambda *_, **__: checking)
-    runner = load_runner(tmp_path, backend=backend)
+def run_a_model(name: str, directory: Path, backend: str, checking: CheckingOps) -> None:
+    """Three steps of a family: a chunk and a whole prompt, two decoded tokens, and a slot used again."""
+    FAMILIES[name].write(directory)
+    runner = load_runner(directory, backend=backend)
     params = SamplingParams(seed=1, presence_penalty=0.5, top_p=0.9)
     prompts = {0: list(range(45)), 1: list(range(7))}
     admitted = [NewSequence(slot, prompt, len(prompt), params, []) for slot, prompt in prompts.items()]
     rows = [Row(0, 0, 45, [5, 3, 8], True), Row(1, 0, 7, [1], True)]
     runner.execute(StepPlan(1, admitted, rows))
     runner.execute(StepPlan(2, [], [Row(0, 45, 1, [], True), Row(1, 7, 1, [], True)]))
-    # A slot that is used again keeps nothing of its last sequence that matters.
     again = NewSequence(0, [4, 5, 6], 3, params, [])
     runner.execute(StepPlan(3, [again], [Row(0, 0, 3, [9], True)]))
     assert checking.num_steps == 3
-    every_op = {op for op in vars(registry.Ops) if not op.startswith("_")} - UNUSED
+
+
+def test_every_argument_keeps_the_contract(
+    tmp_path: Path, backend: str, ops: Ops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[str] = set()
+    for name in FAMILIES:
+        checking = CheckingOps(ops)
+        monkeypatch.setattr("toptwo.runtime.build.load_backend", lambda *_, ops=checking, **__: ops)
+        run_a_model(name, tmp_path / name, backend, checking)
+        seen |= checking.seen
+    every_op = {op for op in vars(registry.Ops) if not op.startswith("_")}
     # A backend that records plans its steps itself.
-    assert checking.seen == (every_op - {"plan_step"} | {"record"} if backend == "cpu" else every_op)
+    assert seen == (every_op - {"plan_step"} | {"record"} if backend == "cpu" else every_op)

@@ -246,3 +246,15 @@ def test_biases_belong_to_experts(ops: Ops, num_tokens: int, activation: Activat
         limit=limit,
     )
     torch.testing.assert_close(ops.experts(x, routing, weights).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_comes_to_each_expert_is_counted(ops: Ops) -> None:
+    weights = pack(ops, normal(6, 16, 8), normal(6, 8, 8, seed=1))
+    counts_E = torch.tensor([1 << 40, 0, 0, 0, 0, 7])
+    for num_tokens, seed in ((1, 0), (33, 1)):
+        x, routing = normal(num_tokens, 8), random_routing(num_tokens, [0, 2, 3, 5], 3, seed=seed)
+        expected_E = counts_E + torch.bincount(routing.ids_TK.flatten(), minlength=6)
+        counted = ops.experts(x, replace(routing, counts_E=counts_E), weights)
+        assert torch.equal(counts_E, expected_E)
+        assert torch.equal(counted, ops.experts(x, routing, weights))
+    assert int(counts_E.sum()) == (1 << 40) + 7 + 34 * 3

@@ -66,7 +66,8 @@ def test_logits_agree_with_transformers(tmp_path: Path, backend: str, overrides:
 
 
 def logits(directory: Path) -> torch.Tensor:
-    return parity.prompt_logits(directory, [len(parity.PROMPT)], backend="reference")
+    # Only the native backend promises the same bits for the same weights.
+    return parity.prompt_logits(directory, [len(parity.PROMPT)], backend="cpu", quantization="none")
 
 
 @pytest.mark.parametrize("layout", [stack_experts, fuse_experts])

@@ -83,7 +83,8 @@ def test_logits_agree_with_transformers(tmp_path: Path, backend: str, overrides:
 
 
 def logits(directory: Path) -> torch.Tensor:
-    return parity.prompt_logits(directory, [len(parity.PROMPT)], backend="reference")
+    # Only the native backend promises the same bits for the same weights.
+    return parity.prompt_logits(directory, [len(parity.PROMPT)], backend="cpu", quantization="none")
 
 
 def flatten_gates(tensors: Tensors) -> Tensors:

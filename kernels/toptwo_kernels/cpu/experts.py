@@ -17,7 +17,7 @@ def experts(tape: Tape, x_TH: Tensor, routing: Routing, weights: ExpertWeights) 
     if gate_up.format != down.format or not gate_up.paired:
         raise ValueError("gate_up must be paired, and of down's format")
     out = tape.empty(x_TH, down.rows)
-    chosen = routing.ids_TK, routing.weights_TK, routing.ids_TK.shape[1]
+    chosen = routing.ids_TK, routing.weights_TK, routing.ids_TK.shape[1], routing.counts_E
     stack = FORMATS[down.format], down.rows, down.cols, gate_up.data, down.data, gate_up.num_matrices
     rule = ACTIVATIONS[weights.activation], weights.gate_up_bias_EF, weights.down_bias_EH, weights.limit
     tape.emit("experts", x_TH, *chosen, *stack, *rule, out, step=len(x_TH))

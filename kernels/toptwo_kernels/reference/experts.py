@@ -18,10 +18,12 @@ def experts(x_TH: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     pair_experts = routing.ids_TK.flatten()
     # Stable, so that the tokens of an expert stay in step order.
     pairs_by_expert = torch.argsort(pair_experts, stable=True)
-    counts = torch.bincount(pair_experts, minlength=weights.gate_up.num_matrices).tolist()
+    counts_E = torch.bincount(pair_experts, minlength=weights.gate_up.num_matrices)
+    if routing.counts_E is not None:
+        routing.counts_E.add_(counts_E)
 
     out_PH = x_TH.new_empty(num_tokens * top_k, x_TH.shape[1])
-    for expert, pairs in enumerate(torch.split(pairs_by_expert, counts)):
+    for expert, pairs in enumerate(torch.split(pairs_by_expert, counts_E.tolist())):
         if len(pairs):
             gate_up = product(x_TH[pairs // top_k], weights.gate_up, expert, weights.gate_up_bias_EF)
             gate, up = gate_up.chunk(2, dim=-1)

@@ -7,7 +7,7 @@ tensors are all present. Which files hold them, and in which number format, is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
@@ -71,6 +71,10 @@ class ModelConfig(Protocol):
 
 class CausalLM(Protocol):
     """A loaded model. It calls nothing but ops on activations, so that a backend can record it."""
+
+    @property
+    def layers(self) -> Sequence[object]:
+        """Its decoder layers: dataclasses of their parts."""
 
     def forward(self, step: StepContext) -> Tensor:
         """Final hidden states [T, H] of the step's tokens; writes their KV."""

@@ -7,12 +7,10 @@ values, may be cut off at `clip_qkv`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
-from toptwo.layers.attention import Attention
+from toptwo.layers.attention import Attention, ClippedQKV
 from toptwo.layers.norm import RMSNorm
 from toptwo.models.checkpoint import Weights, WeightSpec
 from toptwo.models.decoder import (
@@ -98,18 +96,6 @@ def _layer_map(config: OlmoeConfig, layer: int) -> list[WeightSpec]:
 def ignored_tensors(config: OlmoeConfig) -> Sequence[str]:
     """See `registry.Architecture.ignored_tensors`."""
     return ignored_head(config)
-
-
-@dataclass(frozen=True)
-class ClippedQKV:
-    """A QKV projection whose results are cut off at -limit and limit."""
-
-    qkv: Callable[[Tensor], Tensor]
-    limit: float
-    ops: Ops
-
-    def __call__(self, x_TH: Tensor) -> Tensor:
-        return self.ops.clamp(self.qkv(x_TH), self.limit)
 
 
 def build(config: OlmoeConfig, weights: Weights, max_len: int, ops: Ops) -> Decoder:

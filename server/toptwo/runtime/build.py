@@ -13,6 +13,7 @@ import torch
 from toptwo.messages import EngineInfo
 from toptwo.models.checkpoint import CausalLM
 from toptwo.models.registry import read_config
+from toptwo.moe.counts import expert_counts
 from toptwo.runtime.batch import SlotTable
 from toptwo.runtime.constraints import GrammarStates
 from toptwo.runtime.device import resolve
@@ -80,4 +81,5 @@ def build_runtime(
         weights_id=weights_id,
     )
     grammars = GrammarStates(directory, model_config.vocab_size)
-    return Runtime(Runner(step, table, ops, grammars), model, step, info)
+    runner = Runner(step, table, ops, grammars, expert_counts(model.layers))
+    return Runtime(runner, model, step, info)

@@ -115,7 +115,7 @@ def _viewed(tensor: Tensor, piece: Piece) -> Tensor:
 
 def _assemble(checkpoint: Checkpoint, spec: WeightSpec, pieces: tuple[Piece, ...]) -> Tensor:
     if len(pieces) == 1 and not pieces[0].into:
-        return _viewed(checkpoint.tensor(pieces[0].name), pieces[0])
+        return _viewed(checkpoint.tensor(pieces[0].name), pieces[0]).contiguous()
     weight: Tensor | None = None
     for piece in pieces:
         part = checkpoint.tensor(piece.name)

@@ -6,6 +6,8 @@ only what is new. Knows nothing of requests, queues or clients.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -21,13 +23,21 @@ _POSITIONS_AT_ONCE = 32  # scored together: each is a row as long as the vocabul
 
 
 class Runner:
-    """The step of one model, and the slots of its running sequences."""
+    """The step of one model, and the slots of its running sequences. counts: see `moe.counts`."""
 
-    def __init__(self, step: Step, table: SlotTable, ops: Ops, grammars: GrammarStates) -> None:
+    def __init__(
+        self,
+        step: Step,
+        table: SlotTable,
+        ops: Ops,
+        grammars: GrammarStates,
+        counts: Mapping[int, Tensor],
+    ) -> None:
         self._step = step
         self._table = table
         self._ops = ops
         self._grammars = grammars
+        self._counts = counts
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -61,6 +71,10 @@ class Runner:
             self._grammars.admit(new)
         batch = build_batch(plan, self._table)
         return self._step(batch.tokens), batch
+
+    def expert_tokens(self) -> dict[int, list[int]]:
+        """By layer, how many tokens came to each expert so far."""
+        return {layer: counts_E.tolist() for layer, counts_E in self._counts.items()}
 
     def _remember(self, row: Row, token: int) -> None:
         end = row.start + row.num_tokens
