@@ -5,7 +5,12 @@
 #   make test                        all tests
 #   make test-native                 the native kernels under AddressSanitizer and UBSan
 #   make test-clients                other people's clients, each in an environment of its own
+#   make test-reliability            the promises that take minutes to test, and a table of what was measured
+#   make soak                        twenty minutes of random faults on two replicas behind HAProxy
+#   make parity                      every family beside an independent implementation, as a table
 #   make lint                        ruff and mypy
+#   make lock                        the files of locked requirements, after a change of constraints.txt
+#   make sbom                        what a server consists of, as CycloneDX JSON: build/sbom.json
 #   make bench                       decode speed over HTTP with 1 and 16 streams, and memory
 #   make bench-step                  what a decode step costs outside native code
 #   make bench-ops                   every kernel, beside the machine's limits
@@ -16,6 +21,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := build/tools
 SOURCES := $(shell find kernels/csrc -type f) pyproject.toml constraints.txt
 
 # Both names: the isolated build environment obeys one or the other, depending on pip's version.
@@ -33,8 +39,8 @@ PORT =
 ARGS =
 
 .DELETE_ON_ERROR:
-.PHONY: serve test test-native test-clients lint format bench bench-step bench-ops bench-start bench-streams \
-	bench-peers clean help
+.PHONY: serve test test-native test-clients test-reliability soak parity lint format bench bench-step bench-ops \
+	bench-start bench-streams bench-peers lock sbom clean help
 
 serve: $(VENV)/installed
 	@$(BIN)/toptwo serve $(if $(MODEL),"$(MODEL)") $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -54,6 +60,18 @@ test-native: $(VENV)/installed-native
 
 test-clients: $(VENV)/installed-dev
 	$(BIN)/python tests/clients/run.py $(ARGS)
+
+# Needs haproxy, slowhttptest and wrk. Figures of a whole run replace all earlier ones.
+test-reliability: $(VENV)/installed-dev
+	$(if $(ARGS),,rm -f build/reliability.jsonl)
+	$(BIN)/python -m pytest tests/reliability $(ARGS)
+	@$(BIN)/python tests/reliability/figures.py
+
+soak: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/reliability/test_r17_soak.py --soak-seconds 1200 --capture no $(ARGS)
+
+parity: $(VENV)/installed-dev
+	$(BIN)/python tests/parity.py $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -83,11 +101,18 @@ bench-peers: $(VENV)/installed-dev
 	@test -n "$(LLAMA_SERVER)" || { echo "bench-peers needs llama.cpp's server: make bench-peers LLAMA_SERVER=path/to/llama-server" >&2; exit 1; }
 	$(BIN)/python tests/bench/peers.py --llama-server "$(LLAMA_SERVER)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
+lock: $(TOOLS)/installed
+	$(TOOLS)/bin/python .ci/lock.py
+
+sbom: $(TOOLS)/installed
+	$(TOOLS)/bin/cyclonedx-py requirements --pyproject pyproject.toml --mc-type application --output-reproducible \
+		--output-format JSON --output-file build/sbom.json requirements.lock
+
 clean:
 	rm -rf $(VENV) build
 
 help:
-	@sed -n '3,15s/^#  *//p' Makefile
+	@sed -n '3,/^$$/s/^#  *//p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -103,6 +128,12 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 $(VENV)/installed-dev: $(BIN)/python $(SOURCES)
 	$(PIP) install --editable '.[test,lint]'
 	@touch $(VENV)/installed $@
+
+# In an environment of their own: what they need is nothing that a server, or a test, should meet.
+$(TOOLS)/installed: constraints.txt
+	@$(PYTHON) -m venv $(TOOLS)
+	$(PIN) PIP_DISABLE_PIP_VERSION_CHECK=1 $(TOOLS)/bin/python -m pip install uv cyclonedx-bom
+	@touch $@
 
 $(VENV)/installed-native: $(VENV)/installed-dev
 	$(PIP) install cmake ninja nanobind

@@ -10,6 +10,8 @@ import pytest
 
 NATIVE = "toptwo_kernels.cpu._native"
 
+collect_ignore = ["reliability"]  # it takes minutes; make test-reliability names it
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

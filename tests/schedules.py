@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fault_switch import injected_faults
 from tiny import load_runner
 from toptwo.engine.blocks import BlockPool
 from toptwo.engine.request import Sequence
@@ -29,6 +30,7 @@ class Run:
     logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     preempted: set[str] = field(default_factory=set)
+    num_preemptions: int = 0
     largest_batch: int = 0
 
 
@@ -38,9 +40,13 @@ def run(
     num_blocks: int = 512,
     max_step_tokens: int = 512,
     prefix_caching: bool = True,
+    preempt_every: int = 0,
     **options: Any,
 ) -> Run:
-    """Serve waves of requests one after the other on one engine. options: those of `tiny.load_runner`."""
+    """Serve waves of requests one after the other on one engine. options: those of `tiny.load_runner`.
+
+    preempt_every: force a preemption before every so many steps.
+    """
     runner = load_runner(directory, max_model_len=MAX_LEN, num_blocks=num_blocks, **options)
     limits = SchedulerLimits(VOCAB, MAX_LEN, SLOTS, max_step_tokens, prefix_caching)
     scheduler = Scheduler(limits, BlockPool(num_blocks, 16))
@@ -62,6 +68,8 @@ def run(
         preempt(sequence)
 
     scheduler._preempt = record_preemption  # type: ignore[method-assign]
+    if preempt_every:
+        injected_faults.preempt_every(scheduler, preempt_every)
     for wave in waves:
         for each in wave:
             assert scheduler.add(each) is None
@@ -76,6 +84,7 @@ def run(
                 result.prompt_logprobs.setdefault(event.request_id, []).extend(event.prompt_logprobs)
                 if event.finish_reason:
                     result.ends[event.request_id] = event.finish_reason
+    result.num_preemptions = scheduler.num_preemptions
     return result
 
 

@@ -47,7 +47,7 @@ log = structlog.get_logger()
 RUN_DIR_PREFIX = "toptwo-run-"
 LONGEST_SOCKET_DIR = 80  # a Unix socket's path has at most 107 bytes, the file's name included
 BACKLOG = 2048
-# libuv takes in one connection per listening socket and turn of its loop, and a turn answers all who are there:
+# libuv takes in one connection per listening socket and turn of its loop, and a turn answers all who wait:
 # a busy server would leave new clients, and health checks, at the door for seconds.
 ACCEPTS_PER_TURN = 32
 # What the kernel keeps of an answer that its client does not take: by itself, it lets this grow to megabytes.

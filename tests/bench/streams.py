@@ -35,6 +35,7 @@ import uvloop
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from fakes import KEY, FakeGrammars, chat, engine_info, served_model  # noqa: E402
+from toptwo.api.connection import BoundedHttp  # noqa: E402
 from toptwo.api.health import Lifecycle  # noqa: E402
 from toptwo.api.security import KeyRing  # noqa: E402
 from toptwo.app import create_app  # noqa: E402
@@ -97,7 +98,8 @@ def serve(num_streams: int, rate: float) -> None:
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=BoundedHttp,
+        ws="none",
         log_config=None,
         log_level="warning",
         access_log=False,

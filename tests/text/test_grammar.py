@@ -24,6 +24,7 @@ from toptwo.text import grammar as grammar_module
 from toptwo.text.grammar import (
     GrammarChecker,
     GrammarError,
+    framed_grammar,
     json_object_grammar,
     json_schema_grammar,
     lark_grammar,
@@ -322,6 +323,8 @@ def test_large_grammars_do_not_reach_the_worker() -> None:
     checker = GrammarChecker()
     with pytest.raises(GrammarError, match="larger than 256 KiB"):
         checker.check(json_schema_grammar({"enum": ["x" * 10_000_000]}))
+    with pytest.raises(GrammarError, match="larger than 256 KiB"):
+        checker.check(framed_grammar("start: @answer" + " " * 300_000, regex_grammar("a")))
     assert checker._worker is None
     checker.close()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import re
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 MAX_GRAMMAR_BYTES = 256 * 1024
+_TOO_LARGE = f"The grammar is larger than {MAX_GRAMMAR_BYTES // 1024} KiB."
 MAX_SCHEMA_DEPTH = 64
 CHECK_SECONDS = 2.0  # the engine compiles it once more, while other requests wait
 WORKER_BYTES = 1024**3  # address space of the worker
@@ -70,7 +72,7 @@ def json_object_grammar() -> str:
 def json_schema_grammar(schema: object) -> str:
     """JSON that obeys the schema; properties come in the schema's order.
 
-    Raises GrammarError when it is no schema or too deep.
+    Raises GrammarError when it is no schema, too deep or too large.
     """
     return _serialised({"json_schema": json_schema(schema)})
 
@@ -133,8 +135,14 @@ def _escape_in_lark(match: re.Match[str]) -> str:
 
 
 def _serialised(grammar: Mapping[str, object]) -> str:
+    text = io.StringIO()
     try:
-        return json.dumps({"grammars": [grammar]})
+        # Piece by piece: megabytes written in one call would keep all other threads waiting.
+        for piece in json.JSONEncoder().iterencode({"grammars": [grammar]}):
+            text.write(piece)
+            if text.tell() > MAX_GRAMMAR_BYTES:
+                raise GrammarError(_TOO_LARGE)
+        return text.getvalue()
     except RecursionError:
         raise GrammarError("The JSON schema is nested too deeply.") from None
     except (TypeError, ValueError):
@@ -171,7 +179,7 @@ class GrammarChecker:
         except UnicodeEncodeError:
             raise GrammarError("The grammar is not valid Unicode.") from None
         if len(text) > MAX_GRAMMAR_BYTES:
-            raise GrammarError(f"The grammar is larger than {MAX_GRAMMAR_BYTES // 1024} KiB.")
+            raise GrammarError(_TOO_LARGE)
         key = hashlib.sha256(text).digest()
         found = self._recall(key)
         if found is None:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from toptwo.errors import ApiError, StartupError
+from toptwo.errors import ApiError, CheckpointError
 from toptwo.text.guard import ControlTokenGuard, new_marker
 from toptwo.text.harmony import CHANNEL, END, MESSAGE, Harmony, detect_harmony
 from toptwo.text.parsers import ReasoningFormat, detect_reasoning
@@ -145,12 +145,12 @@ def load_served_model(directory: Path, name: str, chat_template: Path | None = N
     """Read the text side of a checkpoint directory; `created` is the age of its tokenizer.
 
     chat_template: a file that replaces the checkpoint's own template.
-    Raises StartupError with one line that names the file.
+    Raises CheckpointError, or StartupError for chat_template, with one line that names the file.
     """
     tokenizer = Tokenizer.load(directory)
     template = ChatTemplate.load(directory, tokenizer.named_tokens, chat_template)
     try:
         created = int((directory / "tokenizer.json").stat().st_mtime)
     except OSError as error:
-        raise StartupError(f"{directory / 'tokenizer.json'}: cannot be read ({error})") from None
+        raise CheckpointError(f"{directory / 'tokenizer.json'}: cannot be read ({error})") from None
     return ServedModel(name, created, tokenizer, template)

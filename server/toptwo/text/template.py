@@ -26,7 +26,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from toptwo.errors import ApiError, StartupError
+from toptwo.errors import ApiError, CheckpointError, StartupError
 from toptwo.text import tools as tools_of
 from toptwo.text.checkpoint import read_json_if_present, read_text
 from toptwo.text.harmony import harmony_messages, harmony_tools, speaks_harmony
@@ -45,7 +45,7 @@ class ChatTemplate:
 
     named_tokens: what the template sees as `bos_token`, `eos_token` and so on.
     source: the template's text. variables: all names that it may look up.
-    Raises StartupError when the source is not a valid template.
+    Raises CheckpointError when the source is not a valid template.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
             self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
         except (jinja2.TemplateError, RecursionError) as error:
-            raise StartupError(f"{origin}: is not a valid chat template ({error})") from None
+            raise CheckpointError(f"{origin}: is not a valid chat template ({error})") from None
         self._named_tokens = dict(named_tokens)
 
     @classmethod
@@ -68,10 +68,16 @@ class ChatTemplate:
         tokenizer_config.json. None where there is none of these: no other format will do, as a chat with
         a model that was trained on another one, or on none, looks like a broken server.
 
-        Raises StartupError that names the file when it cannot be read or is no template.
+        Raises CheckpointError that names the file when it cannot be read or is no template; StartupError for
+        the override, which is no part of the checkpoint.
         """
-        path = override or directory / "chat_template.jinja"
-        if override is not None or path.exists():
+        if override is not None:
+            try:
+                return cls(read_text(override), named_tokens, origin=str(override))
+            except CheckpointError as error:
+                raise StartupError(str(error)) from None
+        path = directory / "chat_template.jinja"
+        if path.exists():
             return cls(read_text(path), named_tokens, origin=str(path))
         for file in ("chat_template.json", "tokenizer_config.json"):
             path = directory / file
@@ -247,5 +253,5 @@ def _default_of(value: object, path: Path) -> str:
         named = {e.get("name"): e.get("template") for e in value if isinstance(e, dict)}
         value = named.get("default")
     if not isinstance(value, str):
-        raise StartupError(f'{path}: chat_template must be a text, or a list with one named "default"')
+        raise CheckpointError(f'{path}: chat_template must be a text, or a list with one named "default"')
     return value

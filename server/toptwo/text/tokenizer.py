@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tokenizers
 
-from toptwo.errors import StartupError
+from toptwo.errors import CheckpointError
 from toptwo.text.checkpoint import read_json_if_present
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -77,15 +77,15 @@ class Tokenizer:
         """Read tokenizer.json and, where present, tokenizer_config.json, special_tokens_map.json,
         generation_config.json and config.json.
 
-        Raises StartupError with one line that names the file.
+        Raises CheckpointError with one line that names the file.
         """
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise StartupError(f"{path}: no such file; {_advice(directory)}")
+            raise CheckpointError(f"{path}: no such file; {_advice(directory)}")
         try:
             vocabulary = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise StartupError(f"{path}: is not a readable tokenizer ({error})") from None
+            raise CheckpointError(f"{path}: is not a readable tokenizer ({error})") from None
         named_tokens = _named_tokens(directory)
         return cls(
             vocabulary,
@@ -191,7 +191,9 @@ def _stop_token_ids(
             if token_id is None:
                 continue
             if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-                raise StartupError(f"{directory / file}: eos_token_id must be a token id or a list of them")
+                raise CheckpointError(
+                    f"{directory / file}: eos_token_id must be a token id or a list of them"
+                )
             ids.add(token_id)
     eos = vocabulary.token_to_id(named_tokens["eos_token"]) if "eos_token" in named_tokens else None
     return ids if eos is None else ids | {eos}
