@@ -393,7 +393,7 @@ bodies = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(bodies | odd_values)
 def test_no_body_makes_a_5xx(body: object) -> None:
     app = create_app(FakeEngine(), served_model(), FakeGrammars(), KeyRing.from_keys([KEY]), Lifecycle())
@@ -414,7 +414,7 @@ damaged = st.tuples(st.integers(0, len(VALID)), st.binary(max_size=8)).map(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200) | damaged)
 def test_no_bytes_make_a_5xx(body: bytes) -> None:
     app = create_app(FakeEngine(), served_model(), FakeGrammars(), KeyRing.from_keys([KEY]), Lifecycle())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -125,12 +126,23 @@ def test_nothing_that_was_said_is_told(server: ServerProcess) -> None:
     assert left["status"] == 200
 
 
+def settled_metrics(client: httpx2.Client, server: ServerProcess, generated_tokens: int) -> str:
+    """The page as soon as the engine has told of its last step; a busy one may miss a scrape."""
+    deadline = time.monotonic() + 20
+    while True:
+        page = client.get(f"{server.root}/metrics").text
+        told = re.search(r"(?m)^toptwo:generation_tokens_total\S* (\S+)$", page)
+        if (told and float(told[1]) == generated_tokens) or time.monotonic() > deadline:
+            return page
+        time.sleep(0.2)
+
+
 def test_experts_are_counted(server: ServerProcess) -> None:
     with httpx2.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}) as client:
         assert client.get(f"{server.root}/metrics", headers={"Authorization": ""}).status_code == 401
         for _ in range(2):  # the second one's prompt is cached
             usage = client.post("/chat/completions", json=chat("hello " * 20)).json()["usage"]
-        page = client.get(f"{server.root}/metrics").text
+        page = settled_metrics(client, server, 2 * usage["completion_tokens"])
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
     counts = {
         (sample.labels["layer"], sample.labels["expert"]): int(sample.value)

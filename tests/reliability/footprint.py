@@ -1,12 +1,11 @@
 """What a server holds while nobody asks anything of it: memory, files, threads, tasks, KV blocks.
 
-Knows the processes of a server and the logs of its engine; must not know requests.
+Knows the processes of a server and its /metrics; must not know requests.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from reliability.live import engine_of
-from reliability.wire import Target, leave
+from reliability.wire import Target, ask
 from server_process import ServerProcess
 
 TASK_SWITCH = Path(__file__).parent / "task_switch"
@@ -82,16 +81,16 @@ class Watched:
 
 
 async def used_blocks(server: ServerProcess, target: Target) -> int:
-    """KV blocks in use while nothing runs; the engine logs the free ones with every abort, so one is made."""
-    marks = server.err.count("request aborted")
-    await leave(target.port, target.post("/chat/completions", target.stream("hello", 400)), 0.5)
-    async with asyncio.timeout(QUIET_SECONDS):
-        while server.err.count("request aborted") == marks:
-            await asyncio.sleep(0.05)
-    last = [line for line in server.err.splitlines() if "request aborted" in line][-1]
-    found = re.search(r"in ([\d,]+) blocks", server.out)
-    assert found
-    return int(found[1].replace(",", "")) - int(json.loads(last)["free_blocks"])
+    """KV blocks that something holds: 0 as soon as there are none, else what is left after ten seconds."""
+    total = re.search(r"in ([\d,]+) blocks", server.out)
+    assert total
+    deadline = asyncio.get_running_loop().time() + QUIET_SECONDS
+    while True:
+        reply = await ask(target.port, target.get("/metrics"))
+        share = re.search(r"(?m)^toptwo:kv_cache_usage_perc\S* (\S+)$", reply.body.decode())
+        if share and (float(share[1]) == 0 or asyncio.get_running_loop().time() > deadline):
+            return round(float(share[1]) * int(total[1].replace(",", "")))
+        await asyncio.sleep(0.2)
 
 
 def slope(values: Sequence[float], step: float) -> float:

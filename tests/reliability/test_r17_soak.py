@@ -82,12 +82,14 @@ async def test_soak(tmp_path: Path, pytestconfig: pytest.Config) -> None:
         await chaos.run(seconds)
         load.over.set()
         await loading
+        outcomes = Counter(
+            judge(one, expected[one.text], chaos.windows) for one in (*load.work, *load.probes)
+        )
         for replica in both.replicas:
             assert await used_blocks(replica.server, Target(replica.port, both.target.key)) == 0
             assert await replica.drain() == 0
         errors = "".join("".join([*replica.errors, replica.server.err]) for replica in both.replicas)
     assert "Traceback" not in errors, errors[errors.index("Traceback") - 500 :][:3000]
-    outcomes = Counter(judge(one, expected[one.text], chaos.windows) for one in (*load.work, *load.probes))
     accepted = sum(one.reply.status == 200 for one in load.probes)
     availability = accepted / len(load.probes)
     struck = Counter(window.name for window in chaos.windows)
