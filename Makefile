@@ -45,9 +45,9 @@ ARGS =
 serve: $(VENV)/installed
 	@$(BIN)/toptwo serve $(if $(MODEL),"$(MODEL)") $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
-# A file at a time on every core: most of a test is one thread's work.
+# One at a time: some judge by the clock. ARGS="--numprocesses logical --dist loadfile" is quicker for a first look.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --numprocesses logical --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 # The interpreter is not sanitized, so the sanitizer's library must come first, and that of C++ right after
 # it, or it would miss how exceptions are thrown. Python keeps memory to its end: no search for leaks.
