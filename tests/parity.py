@@ -81,6 +81,19 @@ def prompt_logits(directory: Path, chunks: list[int], **options: Any) -> torch.T
     return torch.cat(logits)
 
 
+def assert_agreement(directory: Path, reference: Reference, backend: str) -> None:
+    """The prompt's logits, in three chunks, are those of the reference in float32."""
+    with torch.inference_mode():
+        expected = reference(PROMPT)
+    got = prompt_logits(directory, [40, 1, 29], backend=backend, quantization="none")
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+def bits(directory: Path) -> torch.Tensor:
+    """Logits that are the same bit by bit when the weights are: only the native backend promises that."""
+    return prompt_logits(directory, [len(PROMPT)], backend="cpu", quantization="none")
+
+
 def _agreement(reference: Reference, prompt: list[int], tokens: list[int]) -> int:
     """How many tokens from the first on are the reference's own greedy choice."""
     logits_TV = reference(torch.tensor(prompt + tokens[:-1]))[len(prompt) - 1 :]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
+
+from toptwo.models.checkpoint import WeightSpec
 
 MIXTRAL_8X7B: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -27,6 +31,7 @@ DBRX: dict[str, Any] = {
     "architectures": ["DbrxForCausalLM"],
     "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "model_type": "", "rope_theta": 500000},
     "d_model": 6144,
+    "emb_pdrop": 0.0,
     "ffn_config": {
         "ffn_hidden_size": 10752,
         "model_type": "",
@@ -35,11 +40,16 @@ DBRX: dict[str, Any] = {
         "moe_num_experts": 16,
         "moe_top_k": 4,
     },
+    "initializer_range": 0.02,
     "max_seq_len": 32768,
     "model_type": "dbrx",
     "n_heads": 48,
     "n_layers": 40,
+    "output_router_logits": False,
+    "resid_pdrop": 0.0,
+    "router_aux_loss_coef": 0.05,
     "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
     "vocab_size": 100352,
 }
 GPT_OSS_20B: dict[str, Any] = {
@@ -49,7 +59,32 @@ GPT_OSS_20B: dict[str, Any] = {
     "hidden_act": "silu",
     "hidden_size": 2880,
     "intermediate_size": 2880,
-    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "layer_types": [
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+    ],
     "max_position_embeddings": 131072,
     "model_type": "gpt_oss",
     "num_attention_heads": 64,
@@ -123,6 +158,7 @@ QWEN3_30B_A3B: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 6144,
     "max_position_embeddings": 40960,
+    "max_window_layers": 48,
     "mlp_only_layers": [],
     "model_type": "qwen3_moe",
     "moe_intermediate_size": 768,
@@ -133,7 +169,16 @@ QWEN3_30B_A3B: dict[str, Any] = {
     "num_hidden_layers": 48,
     "num_key_value_heads": 4,
     "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
     "rope_theta": 1000000.0,
+    "sliding_window": None,
     "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
     "vocab_size": 151936,
 }
+
+
+def count_parameters(specs: Sequence[WeightSpec]) -> int:
+    """Of a whole model, by its weight map."""
+    return sum(math.prod(spec.shape) for spec in specs)

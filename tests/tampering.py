@@ -8,8 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from tiny import load_runner
+from toptwo.errors import CheckpointError
+from toptwo.models.registry import read_config
 
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[Tensors], Tensors]
@@ -27,6 +32,21 @@ def rewrite(directory: Path, change: Change) -> None:
 def edit_config(directory: Path, **changes: Any) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def assert_tensors_refused(directory: Path, change: Change, words: str) -> None:
+    """The checkpoint cannot be loaded after the change, and the error says so in these words (a pattern)."""
+    rewrite(directory, change)
+    with pytest.raises(CheckpointError, match=words):
+        load_runner(directory)
+
+
+def assert_config_refused(directory: Path, changes: dict[str, Any], words: str) -> None:
+    """The same for config.json."""
+    edit_config(directory, **changes)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        read_config(directory)
+    assert "config.json" in str(caught.value)
 
 
 def without(name: str) -> Change:

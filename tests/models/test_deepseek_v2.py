@@ -10,7 +10,17 @@ import pytest
 import torch
 
 import parity
-from tampering import Tensors, edit_config, fuse_experts, replaced, rewrite, stack_experts, without
+from published import DEEPSEEK_V2_LITE
+from tampering import (
+    Tensors,
+    assert_tensors_refused,
+    edit_config,
+    fuse_experts,
+    replaced,
+    rewrite,
+    stack_experts,
+    without,
+)
 from tiny import FAMILIES, forward_all
 from toptwo.errors import StartupError
 from toptwo.models import deepseek_v2
@@ -35,44 +45,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tied embeddings": {"tie_word_embeddings": True},
 }
 
-LITE: dict[str, Any] = {
-    "vocab_size": 102_400,
-    "hidden_size": 2048,
-    "intermediate_size": 10_944,
-    "moe_intermediate_size": 1408,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "kv_lora_rank": 512,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "greedy",
-    "scoring_func": "softmax",
-    "norm_topk_prob": False,
-    "routed_scaling_factor": 1.0,
-    "attention_bias": False,
-    "max_position_embeddings": 163_840,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.707,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
-}
 FULL_SIZE = {
     "hidden_size": 5120,
     "intermediate_size": 12_288,
@@ -92,11 +64,7 @@ FULL_SIZE = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
 def test_logits_agree_with_transformers(tmp_path: Path, backend: str, overrides: dict[str, Any]) -> None:
-    reference = FAMILY.write(tmp_path, **overrides)
-    with torch.inference_mode():
-        expected = reference(parity.PROMPT)
-    got = parity.prompt_logits(tmp_path, [40, 1, 29], backend=backend)
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    parity.assert_agreement(tmp_path, FAMILY.write(tmp_path, **overrides), backend)
 
 
 def split_keys_from_values(tensors: Tensors) -> Tensors:
@@ -145,9 +113,7 @@ MOE = "model.layers.1.mlp"
 )
 def test_a_wrong_tensor_is_named(tmp_path: Path, change: Any, words: str) -> None:
     FAMILY.write(tmp_path)
-    rewrite(tmp_path, change)
-    with pytest.raises(StartupError, match=words):
-        forward_all(tmp_path, [1])
+    assert_tensors_refused(tmp_path, change, words)
 
 
 @pytest.mark.parametrize(
@@ -182,26 +148,28 @@ def test_a_wrong_tensor_is_named(tmp_path: Path, change: Any, words: str) -> Non
 )
 def test_a_wrong_config_value_is_named(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(StartupError, match=words) as caught:
-        deepseek_v2.read_config({**LITE, **changes})
+        deepseek_v2.read_config({**DEEPSEEK_V2_LITE, **changes})
     assert "config.json" in str(caught.value)
 
 
 def test_configs_of_transformers_4_and_5_read_alike() -> None:
-    old = deepseek_v2.read_config(LITE)
-    rope = {**LITE["rope_scaling"], "rope_theta": 10_000, "rope_type": "yarn"}
-    new = {name: value for name, value in LITE.items() if name not in ("rope_theta", "rope_scaling")}
+    old = deepseek_v2.read_config(DEEPSEEK_V2_LITE)
+    rope = {**DEEPSEEK_V2_LITE["rope_scaling"], "rope_theta": 10_000, "rope_type": "yarn"}
+    new = {
+        name: value for name, value in DEEPSEEK_V2_LITE.items() if name not in ("rope_theta", "rope_scaling")
+    }
     assert deepseek_v2.read_config({**new, "rope_parameters": rope, "head_dim": 64}) == old
 
 
 def test_chosen_weights_are_renormalised_or_scaled_but_not_both() -> None:
-    scaled = deepseek_v2.read_config({**LITE, **FULL_SIZE}).routing
+    scaled = deepseek_v2.read_config({**DEEPSEEK_V2_LITE, **FULL_SIZE}).routing
     assert (scaled.renormalize, scaled.scale) == (False, 16.0)
-    renormalized = deepseek_v2.read_config({**LITE, **FULL_SIZE, "norm_topk_prob": True}).routing
+    renormalized = deepseek_v2.read_config({**DEEPSEEK_V2_LITE, **FULL_SIZE, "norm_topk_prob": True}).routing
     assert (renormalized.renormalize, renormalized.scale) == (True, 1.0)
 
 
 def test_experts_may_be_in_every_so_manieth_layer(tmp_path: Path) -> None:
-    config = deepseek_v2.read_config({**LITE, "num_hidden_layers": 8, "moe_layer_freq": 3})
+    config = deepseek_v2.read_config({**DEEPSEEK_V2_LITE, "num_hidden_layers": 8, "moe_layer_freq": 3})
     assert config.sparse_layers == {3, 6}
     names = {spec.name for spec in deepseek_v2.weight_map(config)}
     assert "layers.6.router" in names
@@ -215,7 +183,7 @@ def test_experts_may_be_in_every_so_manieth_layer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "billions"), [({}, 15.71), (FULL_SIZE, 235.74)], ids=["V2-Lite", "V2"])
 def test_the_released_models_have_their_published_size(changes: dict[str, Any], billions: float) -> None:
-    config = deepseek_v2.read_config({**LITE, **changes})
+    config = deepseek_v2.read_config({**DEEPSEEK_V2_LITE, **changes})
     total = sum(math.prod(spec.shape) for spec in deepseek_v2.weight_map(config))
     assert round(total / 1e9, 2) == billions
     # The paper's point: what all heads share is all that a token costs.
@@ -223,9 +191,9 @@ def test_the_released_models_have_their_published_size(changes: dict[str, Any], 
 
 
 def test_attention_is_sharpened_in_a_stretched_context() -> None:
-    plain = deepseek_v2.read_config({**LITE, "rope_scaling": None})
+    plain = deepseek_v2.read_config({**DEEPSEEK_V2_LITE, "rope_scaling": None})
     assert plain.attention_scale == pytest.approx(192**-0.5)
-    stretched = deepseek_v2.read_config(LITE)
+    stretched = deepseek_v2.read_config(DEEPSEEK_V2_LITE)
     assert stretched.attention_scale == pytest.approx(192**-0.5 * (0.0707 * math.log(40) + 1) ** 2)
 
 

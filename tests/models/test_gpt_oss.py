@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import parity
-from tampering import Tensors, edit_config, replaced, rewrite, without
+from published import GPT_OSS_20B
+from tampering import Tensors, assert_tensors_refused, edit_config, replaced, rewrite, without
 from tiny import FAMILIES, forward_all
 from toptwo.errors import StartupError
 from toptwo.models import gpt_oss
@@ -35,42 +36,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "whole dimensions to blend between": {"rope_parameters": YARN},
 }
 
-OSS_20B: dict[str, Any] = {
-    "vocab_size": 201_088,
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "num_local_experts": 32,
-    "num_experts_per_tok": 4,
-    "layer_types": [SLIDING, FULL] * 12,
-    "sliding_window": 128,
-    "swiglu_limit": 7.0,
-    "attention_bias": True,
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 150_000,
-    "rope_scaling": {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-        "rope_type": "yarn",
-        "truncate": False,
-    },
-}
-
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
 def test_logits_agree_with_transformers(tmp_path: Path, backend: str, overrides: dict[str, Any]) -> None:
-    reference = FAMILY.write(tmp_path, **overrides)
-    with torch.inference_mode():
-        expected = reference(parity.PROMPT)
-    got = parity.prompt_logits(tmp_path, [40, 1, 29], backend=backend)
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    parity.assert_agreement(tmp_path, FAMILY.write(tmp_path, **overrides), backend)
 
 
 def as_decoded_blocks(tensors: Tensors) -> Tensors:
@@ -136,9 +106,7 @@ SINKS = "model.layers.0.self_attn.sinks"
 )
 def test_a_wrong_tensor_is_named(tmp_path: Path, change: Any, words: str) -> None:
     FAMILY.write(tmp_path)
-    rewrite(tmp_path, change)
-    with pytest.raises(StartupError, match=words):
-        forward_all(tmp_path, [1])
+    assert_tensors_refused(tmp_path, change, words)
 
 
 def test_attention_biases_that_the_config_denies_are_unknown(tmp_path: Path) -> None:
@@ -166,14 +134,14 @@ def test_attention_biases_that_the_config_denies_are_unknown(tmp_path: Path) -> 
 )
 def test_a_wrong_config_value_is_named(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(StartupError, match=words) as caught:
-        gpt_oss.read_config({**OSS_20B, **changes})
+        gpt_oss.read_config({**GPT_OSS_20B, **changes})
     assert "config.json" in str(caught.value)
 
 
 def test_configs_of_transformers_4_and_5_read_alike() -> None:
-    old = gpt_oss.read_config(OSS_20B)
-    rope = {**OSS_20B["rope_scaling"], "rope_theta": 150_000}
-    new = {name: value for name, value in OSS_20B.items() if name not in ("rope_theta", "rope_scaling")}
+    old = gpt_oss.read_config(GPT_OSS_20B)
+    rope = {**GPT_OSS_20B["rope_scaling"], "rope_theta": 150_000}
+    new = {name: value for name, value in GPT_OSS_20B.items() if name not in ("rope_theta", "rope_scaling")}
     assert gpt_oss.read_config({**new, "rope_parameters": rope, "swiglu_alpha": 1.702}) == old
     # What both leave out when a config does.
     short = {name: value for name, value in new.items() if name not in ("layer_types", "sliding_window")}
@@ -193,7 +161,7 @@ def test_a_config_that_transformers_writes_says_what_it_was_made_of(tmp_path: Pa
 )
 def test_the_released_models_have_their_published_size(layers: int, experts: int, billions: float) -> None:
     shape = {"num_hidden_layers": layers, "num_local_experts": experts, "layer_types": None}
-    config = gpt_oss.read_config({**OSS_20B, **shape})
+    config = gpt_oss.read_config({**GPT_OSS_20B, **shape})
     total = sum(math.prod(spec.shape) for spec in gpt_oss.weight_map(config))
     assert round(total / 1e9, 2) == billions
     assert config.windows[:2] == (128, None)

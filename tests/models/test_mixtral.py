@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
+from tampering import assert_config_refused, assert_tensors_refused, rewrite, without
 from tiny import forward_all, write_mixtral
 from toptwo.errors import StartupError
 from toptwo.models import mixtral
@@ -58,13 +57,6 @@ def test_a_head_dimension_that_vectors_do_not_divide_is_the_references(tmp_path:
 def bits(directory: Path) -> torch.Tensor:
     """Logits that agree bit by bit when the weights do: only the native backend promises that."""
     return forward_all(directory, PROMPT[0].tolist(), backend="cpu")
-
-
-def rewrite(directory: Path, change: Any) -> None:
-    """Apply `change` to the tensors of a single-file checkpoint."""
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    save_file({name: t.contiguous() for name, t in change(tensors).items()}, path, {"format": "pt"})
 
 
 def fuse(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -116,10 +108,6 @@ def test_computing_in_half_precision_stays_close(tmp_path: Path, backend: str, d
     assert (got - expected).abs().max() < 0.02 * expected.abs().max() + 0.02
 
 
-def without(name: str) -> Any:
-    return lambda tensors: {n: t for n, t in tensors.items() if n != name}
-
-
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
 EXPERT = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
 
@@ -139,9 +127,7 @@ EXPERT = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
 )
 def test_a_wrong_tensor_is_named(tmp_path: Path, change: Any, words: str) -> None:
     write_mixtral(tmp_path)
-    rewrite(tmp_path, change)
-    with pytest.raises(StartupError, match=words):
-        forward_all(tmp_path, [1])
+    assert_tensors_refused(tmp_path, change, words)
 
 
 def test_a_head_written_beside_tied_embeddings_is_ignored(tmp_path: Path) -> None:
@@ -149,11 +135,6 @@ def test_a_head_written_beside_tied_embeddings_is_ignored(tmp_path: Path) -> Non
     expected = bits(tmp_path)
     rewrite(tmp_path, lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()})
     assert torch.equal(bits(tmp_path), expected)
-
-
-def edit_config(directory: Path, **changes: Any) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -178,10 +159,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
 )
 def test_a_wrong_config_value_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     write_mixtral(tmp_path)
-    edit_config(tmp_path, **changes)
-    with pytest.raises(StartupError, match=words) as caught:
-        read_config(tmp_path)
-    assert "config.json" in str(caught.value)
+    assert_config_refused(tmp_path, changes, words)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])

@@ -21,9 +21,8 @@ class FairThreads:
     def __init__(self, num_threads: int) -> None:
         self._num_free = num_threads
         self._limiter = anyio.CapacityLimiter(num_threads)
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = (
-            OrderedDict()
-        )  # who is next comes first
+        # Who is next comes first.
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     async def run(self, caller: str, work: Callable[[], Result]) -> Result:
         """The result of `work`, done in a thread when it is the caller's turn. Raises what it raises.

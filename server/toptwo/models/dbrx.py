@@ -18,7 +18,14 @@ from toptwo.layers.embedding import Embedding
 from toptwo.layers.linear import Linear
 from toptwo.layers.norm import LayerNorm
 from toptwo.models.checkpoint import Piece, Weights, WeightSpec
-from toptwo.models.decoder import Decoder, DecoderConfig, DecoderLayer, build_attention, make_rope
+from toptwo.models.decoder import (
+    Decoder,
+    DecoderConfig,
+    DecoderLayer,
+    build_attention,
+    build_layers,
+    layer_specs,
+)
 from toptwo.models.fields import ConfigFields
 from toptwo.models.rope import read_rope
 from toptwo.models.weight_specs import ExpertNames, ExpertSize, expert_specs, joined_rows, whole
@@ -82,7 +89,7 @@ def weight_map(config: DbrxConfig) -> Sequence[WeightSpec]:
     vocabulary = config.vocab_size, config.hidden_size
     return [
         whole("embed", vocabulary, "head", "transformer.wte.weight"),
-        *(spec for i in range(config.num_layers) for spec in _layer_map(config, i)),
+        *layer_specs(config, _layer_map),
         whole("norm", (config.hidden_size,), "vector", "transformer.norm_f.weight"),
         whole("lm_head", vocabulary, "head", "lm_head.weight"),
     ]
@@ -137,12 +144,9 @@ def ignored_tensors(config: DbrxConfig) -> Sequence[str]:
 
 def build(config: DbrxConfig, weights: Weights, max_len: int, ops: Ops) -> Decoder:
     """See `registry.Architecture.build`."""
-    rope = make_rope(config, max_len)
     return Decoder(
         embed=Embedding(weights.matrices["embed"], ops),
-        layers=[
-            _build_layer(config, weights.under(f"layers.{i}"), i, rope, ops) for i in range(config.num_layers)
-        ],
+        layers=build_layers(config, weights, max_len, ops, _build_layer),
         norm=LayerNorm(weights.vectors["norm"], config.norm_eps, ops),
         lm_head=Linear(weights.matrices["lm_head"], ops),
     )

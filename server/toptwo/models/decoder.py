@@ -6,9 +6,9 @@ small class in its own file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -47,6 +47,9 @@ class DecoderConfig:
     def kv_shape(self) -> KVShape:
         """What a layer caches of a token."""
         return self.heads
+
+
+Config = TypeVar("Config", bound=DecoderConfig)
 
 
 def read_heads(fields: ConfigFields, hidden: int) -> HeadShape:
@@ -89,10 +92,15 @@ def read_decoder(
     }
 
 
-def frame_specs(config: DecoderConfig, layers: Iterable[WeightSpec]) -> list[WeightSpec]:
+def layer_specs(config: Config, layer_map: Callable[[Config, int], list[WeightSpec]]) -> list[WeightSpec]:
+    """The weights of all layers, by what `layer_map` says of each."""
+    return [spec for layer in range(config.num_layers) for spec in layer_map(config, layer)]
+
+
+def frame_specs(config: Config, layer_map: Callable[[Config, int], list[WeightSpec]]) -> list[WeightSpec]:
     """The layers' weights, and embedding, final norm and head around them by transformers' usual names."""
     vocabulary = config.vocab_size, config.hidden_size
-    specs = [whole("embed", vocabulary, "head", "model.embed_tokens.weight"), *layers]
+    specs = [whole("embed", vocabulary, "head", "model.embed_tokens.weight"), *layer_specs(config, layer_map)]
     specs.append(whole("norm", (config.hidden_size,), "vector", "model.norm.weight"))
     if not config.tied_embeddings:
         specs.append(whole("lm_head", vocabulary, "head", "lm_head.weight"))
@@ -138,11 +146,24 @@ class Decoder:
         return self.lm_head(self.norm(x_SH))
 
 
-def make_rope(config: DecoderConfig, max_len: int) -> Rope:
-    """The tables for sequences of up to `max_len` tokens. Raises StartupError if the model has no such."""
+def build_layers(
+    config: Config,
+    weights: Weights,
+    max_len: int,
+    ops: Ops,
+    build_layer: Callable[[Config, Weights, int, Rope, Ops], Layer],
+) -> list[Layer]:
+    """Every layer over its own weights, for sequences up to `max_len` tokens.
+
+    Raises StartupError if the model has no such positions.
+    """
     if max_len > config.max_position:
         raise StartupError(f"max_model_len {max_len} is over the model's {config.max_position} positions")
-    return config.rope.tables(max_len, config.heads.head_dim)
+    rope = config.rope.tables(max_len, config.heads.head_dim)
+    return [
+        build_layer(config, weights.under(f"layers.{layer}"), layer, rope, ops)
+        for layer in range(config.num_layers)
+    ]
 
 
 def build_frame(config: DecoderConfig, weights: Weights, layers: Sequence[Layer], ops: Ops) -> Decoder:

@@ -28,9 +28,9 @@ from toptwo.models.decoder import (
     DecoderConfig,
     DecoderLayer,
     build_frame,
+    build_layers,
     frame_specs,
     ignored_head,
-    make_rope,
 )
 from toptwo.models.fields import ConfigFields
 from toptwo.models.rope import read_rope, read_sharpening
@@ -152,7 +152,7 @@ def read_shape(
 
 def weight_map(config: DeepseekConfig) -> Sequence[WeightSpec]:
     """See `registry.Architecture.weight_map`."""
-    return frame_specs(config, (spec for i in range(config.num_layers) for spec in _layer_map(config, i)))
+    return frame_specs(config, _layer_map)
 
 
 def _layer_map(config: DeepseekConfig, layer: int) -> list[WeightSpec]:
@@ -261,10 +261,7 @@ def ignored_tensors(config: DeepseekConfig) -> Sequence[str]:
 
 def build(config: DeepseekConfig, weights: Weights, max_len: int, ops: Ops) -> Decoder:
     """See `registry.Architecture.build`."""
-    rope = make_rope(config, max_len)
-    layers = [
-        _build_layer(config, weights.under(f"layers.{i}"), i, rope, ops) for i in range(config.num_layers)
-    ]
+    layers = build_layers(config, weights, max_len, ops, _build_layer)
     return build_frame(config, weights, layers, ops)
 
 

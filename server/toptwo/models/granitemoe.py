@@ -22,9 +22,9 @@ from toptwo.models.decoder import (
     Decoder,
     DecoderConfig,
     build_attention,
+    build_layers,
     frame_specs,
     ignored_head,
-    make_rope,
     read_decoder,
 )
 from toptwo.models.fields import ConfigFields
@@ -74,7 +74,7 @@ def read_config(raw: Mapping[str, object]) -> GraniteMoeConfig:
 
 def weight_map(config: GraniteMoeConfig) -> Sequence[WeightSpec]:
     """See `registry.Architecture.weight_map`."""
-    return frame_specs(config, (spec for i in range(config.num_layers) for spec in _layer_map(config, i)))
+    return frame_specs(config, _layer_map)
 
 
 def _layer_map(config: GraniteMoeConfig, layer: int) -> list[WeightSpec]:
@@ -128,13 +128,11 @@ class GraniteMoeLayer:
 
 def build(config: GraniteMoeConfig, weights: Weights, max_len: int, ops: Ops) -> Decoder:
     """See `registry.Architecture.build`."""
-    rope, matrices = make_rope(config, max_len), weights.matrices
+    matrices = weights.matrices
     head = matrices["embed" if config.tied_embeddings else "lm_head"]
     return Decoder(
         embed=ScaledEmbedding(matrices["embed"], config.embedding_multiplier, ops),
-        layers=[
-            _build_layer(config, weights.under(f"layers.{i}"), i, rope, ops) for i in range(config.num_layers)
-        ],
+        layers=build_layers(config, weights, max_len, ops, _build_layer),
         norm=RMSNorm(weights.vectors["norm"], config.norm_eps, ops),
         lm_head=ScaledLinear(head, 1 / config.logits_scaling, ops),
     )

@@ -25,8 +25,9 @@ from toptwo.models.decoder import (
     Decoder,
     DecoderConfig,
     build_attention,
+    build_layers,
     ignored_head,
-    make_rope,
+    layer_specs,
     read_decoder,
 )
 from toptwo.models.fields import ConfigFields
@@ -91,7 +92,7 @@ def weight_map(config: Grok1Config) -> Sequence[WeightSpec]:
     norms = "model.norm.scale", "model.norm.weight", "transformer.rms_norm.weight"
     specs = [
         whole("embed", vocabulary, "head", *embeddings),
-        *(spec for i in range(config.num_layers) for spec in _layer_map(config, i)),
+        *layer_specs(config, _layer_map),
         whole("norm", (config.hidden_size,), "vector", *norms),
     ]
     if not config.tied_embeddings:
@@ -167,13 +168,11 @@ class Grok1Layer:
 
 def build(config: Grok1Config, weights: Weights, max_len: int, ops: Ops) -> Decoder:
     """See `registry.Architecture.build`."""
-    rope, matrices = make_rope(config, max_len), weights.matrices
+    matrices = weights.matrices
     head = matrices["embed" if config.tied_embeddings else "lm_head"]
     return Decoder(
         embed=ScaledEmbedding(matrices["embed"], config.embedding_multiplier, ops),
-        layers=[
-            _build_layer(config, weights.under(f"layers.{i}"), i, rope, ops) for i in range(config.num_layers)
-        ],
+        layers=build_layers(config, weights, max_len, ops, _build_layer),
         norm=RMSNorm(weights.vectors["norm"], config.norm_eps, ops),
         lm_head=ScaledLinear(head, config.logits_multiplier, ops),
     )

@@ -18,10 +18,10 @@ from toptwo.models.decoder import (
     DecoderConfig,
     DecoderLayer,
     build_frame,
+    build_layers,
     build_normed_attention,
     frame_specs,
     ignored_head,
-    make_rope,
     read_decoder,
 )
 from toptwo.models.fields import ConfigFields
@@ -70,7 +70,7 @@ def read_config(raw: Mapping[str, object]) -> OlmoeConfig:
 
 def weight_map(config: OlmoeConfig) -> Sequence[WeightSpec]:
     """See `registry.Architecture.weight_map`."""
-    return frame_specs(config, (spec for i in range(config.num_layers) for spec in _layer_map(config, i)))
+    return frame_specs(config, _layer_map)
 
 
 def _layer_map(config: OlmoeConfig, layer: int) -> list[WeightSpec]:
@@ -100,10 +100,7 @@ def ignored_tensors(config: OlmoeConfig) -> Sequence[str]:
 
 def build(config: OlmoeConfig, weights: Weights, max_len: int, ops: Ops) -> Decoder:
     """See `registry.Architecture.build`."""
-    rope = make_rope(config, max_len)
-    layers = [
-        _build_layer(config, weights.under(f"layers.{i}"), i, rope, ops) for i in range(config.num_layers)
-    ]
+    layers = build_layers(config, weights, max_len, ops, _build_layer)
     return build_frame(config, weights, layers, ops)
 
 

@@ -21,9 +21,9 @@ from toptwo.models.decoder import (
     DecoderConfig,
     DecoderLayer,
     build_attention,
+    build_layers,
     frame_specs,
     ignored_head,
-    make_rope,
     read_decoder,
 )
 from toptwo.models.fields import ConfigFields
@@ -77,7 +77,7 @@ def read_config(raw: Mapping[str, object]) -> PhimoeConfig:
 
 def weight_map(config: PhimoeConfig) -> Sequence[WeightSpec]:
     """See `registry.Architecture.weight_map`."""
-    specs = frame_specs(config, (spec for i in range(config.num_layers) for spec in _layer_map(config, i)))
+    specs = frame_specs(config, _layer_map)
     specs.append(whole("norm_bias", (config.hidden_size,), "vector", "model.norm.bias"))
     if config.head_bias:
         specs.append(whole("lm_head_bias", (config.vocab_size,), "vector", "lm_head.bias"))
@@ -117,13 +117,11 @@ def ignored_tensors(config: PhimoeConfig) -> Sequence[str]:
 
 def build(config: PhimoeConfig, weights: Weights, max_len: int, ops: Ops) -> Decoder:
     """See `registry.Architecture.build`."""
-    rope, matrices = make_rope(config, max_len), weights.matrices
+    matrices = weights.matrices
     head = matrices["embed" if config.tied_embeddings else "lm_head"]
     return Decoder(
         embed=Embedding(matrices["embed"], ops),
-        layers=[
-            _build_layer(config, weights.under(f"layers.{i}"), i, rope, ops) for i in range(config.num_layers)
-        ],
+        layers=build_layers(config, weights, max_len, ops, _build_layer),
         norm=_build_norm(config, weights, "norm", ops),
         lm_head=Linear(head, ops, weights.vectors.get("lm_head_bias")),
     )

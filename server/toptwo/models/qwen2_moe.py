@@ -22,9 +22,9 @@ from toptwo.models.decoder import (
     DecoderLayer,
     build_attention,
     build_frame,
+    build_layers,
     frame_specs,
     ignored_head,
-    make_rope,
     read_decoder,
 )
 from toptwo.models.fields import ConfigFields
@@ -86,7 +86,7 @@ def read_sparse_layers(fields: ConfigFields, num_layers: int) -> frozenset[int]:
 
 def weight_map(config: Qwen2MoeConfig) -> Sequence[WeightSpec]:
     """See `registry.Architecture.weight_map`."""
-    return frame_specs(config, (spec for i in range(config.num_layers) for spec in _layer_map(config, i)))
+    return frame_specs(config, _layer_map)
 
 
 def _layer_map(config: Qwen2MoeConfig, layer: int) -> list[WeightSpec]:
@@ -128,10 +128,7 @@ def ignored_tensors(config: Qwen2MoeConfig) -> Sequence[str]:
 
 def build(config: Qwen2MoeConfig, weights: Weights, max_len: int, ops: Ops) -> Decoder:
     """See `registry.Architecture.build`."""
-    rope = make_rope(config, max_len)
-    layers = [
-        _build_layer(config, weights.under(f"layers.{i}"), i, rope, ops) for i in range(config.num_layers)
-    ]
+    layers = build_layers(config, weights, max_len, ops, _build_layer)
     return build_frame(config, weights, layers, ops)
 
 

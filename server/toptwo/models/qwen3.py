@@ -17,10 +17,10 @@ from toptwo.models.decoder import (
     DecoderConfig,
     DecoderLayer,
     build_frame,
+    build_layers,
     build_normed_attention,
     frame_specs,
     ignored_head,
-    make_rope,
     read_decoder,
 )
 from toptwo.models.fields import ConfigFields
@@ -55,7 +55,7 @@ def read_config(raw: Mapping[str, object]) -> Qwen3Config:
 
 def weight_map(config: Qwen3Config) -> Sequence[WeightSpec]:
     """See `registry.Architecture.weight_map`."""
-    return frame_specs(config, (spec for i in range(config.num_layers) for spec in _layer_map(config, i)))
+    return frame_specs(config, _layer_map)
 
 
 def _layer_map(config: Qwen3Config, layer: int) -> list[WeightSpec]:
@@ -77,10 +77,7 @@ def ignored_tensors(config: Qwen3Config) -> Sequence[str]:
 
 def build(config: Qwen3Config, weights: Weights, max_len: int, ops: Ops) -> Decoder:
     """See `registry.Architecture.build`."""
-    rope = make_rope(config, max_len)
-    layers = [
-        _build_layer(config, weights.under(f"layers.{i}"), i, rope, ops) for i in range(config.num_layers)
-    ]
+    layers = build_layers(config, weights, max_len, ops, _build_layer)
     return build_frame(config, weights, layers, ops)
 
 
