@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 NATIVE = "toptwo_kernels.cpu._native"
 
-collect_ignore = ["reliability"]  # it takes minutes; make test-reliability names it
+# The first takes minutes, the second wants Triton: make test-reliability and test-cuda-interpreted name them.
+collect_ignore = ["reliability", "cuda"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,6 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background jobs and their children ignore SIGINT: tests that send it must not depend on that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     path = config.getoption("--native")
     if path:
         spec = spec_from_file_location(NATIVE, path)

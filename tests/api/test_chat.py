@@ -227,3 +227,24 @@ async def test_the_context_is_filled_to_the_last_token(
         f"This model's maximum context length is {num_prompt - 1} tokens. However, your messages resulted"
         f" in {num_prompt} tokens."
     )
+
+
+async def test_a_text_that_is_far_too_long_is_not_counted(
+    http: httpx2.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.info = engine_info(max_model_len=1000)
+    text = "hello world " * 100_000
+    messages = [{"role": "user", "content": text}]
+    for path, body in (
+        (URL, chat(messages=messages)),
+        ("/v1/completions", {"model": "org/tiny-moe", "prompt": text}),
+        ("/v1/messages", {"model": "org/tiny-moe", "messages": messages, "max_tokens": 1}),
+    ):
+        answer = await http.post(path, json=body)
+        message = (
+            "This model's maximum context length is 1000 tokens. However, your messages resulted in at least"
+        )
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].startswith(f"{message} 1001 tokens.")
+    counted = await http.post("/v1/tokenize", json={"prompt": text})
+    assert counted.json()["count"] > 100_000

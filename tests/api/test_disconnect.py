@@ -91,4 +91,6 @@ async def test_many_leave_at_random_points(app: FastAPI, engine: FakeEngine) -> 
     before = len(asyncio.all_tasks())
     await asyncio.wait_for(asyncio.gather(*(visit(number) for number in range(100))), 30)
     assert engine.num_open == 0
-    assert len(asyncio.all_tasks()) <= before
+    async with asyncio.timeout(5):  # what a thread has begun it ends, though nobody waits for it
+        while len(asyncio.all_tasks()) > before:
+            await asyncio.sleep(0.001)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,53 @@ def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     source = "{% for i in range(90000) %}{% for j in range(90000) %}{{ 'x' }}{% endfor %}{% endfor %}"
     with pytest.raises(ApiError, match="too long a prompt"):
         ChatTemplate(source, {}).render([USER])
+
+
+# Each goes on for ever, or grows without end, and writes nothing meanwhile.
+ENDLESS = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}",
+    "a filtered loop": "{% for a in range(99999) if range(99999)|sum < 0 %}{% endfor %}",
+    "a block": "{% block b %}{% for a in range(99999) if range(99999)|sum < 0 %}{% endfor %}{% endblock %}",
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "a hidden clock": "{% set render_watch = 1 %}{% for a in range(99999) %}{% for b in range(99999) %}"
+    "{% endfor %}{% endfor %}",
+    "a text": "{% set ns = namespace(s='xxxxxxxx') %}{% for i in range(99) %}"
+    "{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "a joined text": "{% set ns = namespace(s='xxxxxxxx') %}{% for i in range(99) %}"
+    "{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
+    "a list": "{% set ns = namespace(s=[1]) %}{% for i in range(99) %}"
+    "{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "an argument": "{% macro f(s) %}{{ f(s ~ s ~ s ~ s) }}{% endmacro %}{{ f('xxxxxxxx') }}",
+    "a repeated text": "{{ ('x' * 10000000000) | length }}",
+    "a repeated list": "{{ (10000000000 * [1]) | length }}",
+    "a power": "{% if 9 ** 999999999 > 1 %}{% endif %}",
+    "a number": "{% set ns = namespace(n=9) %}{% for i in range(99) %}"
+    "{% set ns.n = ns.n * ns.n %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
+def test_what_never_ends_and_writes_nothing_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_module, "MAX_RENDER_SECONDS", 0.2)
+    template = ChatTemplate(source, {})
+    began = time.monotonic()
+    with pytest.raises(ApiError, match="takes too long for it") as caught:
+        template.render([USER])
+    assert time.monotonic() - began < 5
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
+def test_loops_know_where_they_are() -> None:
+    source = (
+        "{% for c in 'abc' if c != 'b' %}{{ loop.index }}/{{ loop.length }}{{ c }}{{ loop.revindex0 }}"
+        "{% if loop.first %}<{{ loop.nextitem }}>{% endif %}{% if loop.last %}.{% endif %}{% endfor %}"
+        "{% for k, v in {'x': 1}.items() %}{{ k }}{{ v }}{% else %}none{% endfor %}"
+        "{% for x in nothing %}{% else %} none{% endfor %}"
+        "{% for x in [[1, [2]]] recursive %}{% if x is iterable %}({{ loop(x) }}){% else %}{{ x }}{% endif %}"
+        "{% endfor %}{{ 2 ** 10 }}{{ '-' * 3 }}"
+    )
+    assert ChatTemplate(source, {}).render([USER]) == "1/2a1<c>2/2c0.x1 none(1(2))1024---"
 
 
 def test_sources_in_their_order(tmp_path: Path) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from fakes import CHATML, byte_fallback_vocabulary, byte_level_vocabulary, served_model
+from fakes import CHATML, byte_fallback_vocabulary, byte_level_vocabulary, chat_tokenizer, served_model
 from toptwo.errors import ApiError, StartupError
 from toptwo.text.model import ServedModel, load_served_model
 from toptwo.text.template import ChatTemplate
-from toptwo.text.tokenizer import Tokenizer
+from toptwo.text.tokenizer import Tokenizer, TooManyTokensError
 
 
 def write_checkpoint(directory: Path, **files: object) -> Path:
@@ -171,6 +175,86 @@ def test_bytes_of_tokens_join_to_the_text(inner: Callable[[], tokenizers.Tokeniz
     if inner is byte_fallback_vocabulary and tokenizer.decode(ids) != text:
         return  # spaces that this vocabulary cannot tell apart
     assert b"".join(map(tokenizer.token_bytes, ids)).decode().lstrip(" ") == text.lstrip(" ")
+
+
+def learned_vocabulary(kind: str) -> tokenizers.Tokenizer:
+    """A vocabulary with long tokens, as large ones have for blanks and for what their texts repeated."""
+    inner = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    special = ["<unk>"]
+    if kind == "unigram":
+        inner = tokenizers.Tokenizer(models.Unigram())
+    if kind == "words":
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if kind == "pieces":
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    texts = ["hello world " * 40, " " * 300, "ab" * 200, "what is one token, and what is two?\n" * 20]
+    if kind == "unigram":
+        trainer: object = trainers.UnigramTrainer(
+            vocab_size=80, special_tokens=special, unk_token="<unk>", max_piece_length=32, show_progress=False
+        )
+    else:
+        trainer = trainers.BpeTrainer(vocab_size=260, special_tokens=special, show_progress=False)
+    inner.train_from_iterator(texts, trainer)
+    return inner
+
+
+LEARNED = {kind: Tokenizer(learned_vocabulary(kind)) for kind in ("words", "whole", "pieces", "unigram")}
+PARTS = ["hello world ", " " * 50, "ab" * 30, "what is one token,", "?\n", "x", "é", "<unk>"]
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_no_text_that_fits_is_given_up(kind: str, data: st.DataObject) -> None:
+    repeated = st.tuples(st.sampled_from(PARTS), st.integers(1, 200)).map(lambda drawn: drawn[0] * drawn[1])
+    pieces = data.draw(st.lists(repeated, min_size=1, max_size=12))
+    tokenizer, num_chars = LEARNED[kind], sum(map(len, pieces))
+    ids = tokenizer.encode(pieces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("toptwo.text.tokenizer._SLICE_CHARS", 256)
+        for most in {1, *(int(len(ids) * share) for share in (0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.1))}:
+            num_slices = num_chars // max(256, 4 * most) + 1
+            try:
+                assert tokenizer.encode(pieces, most) == ids
+                far_over = len(ids) > 2 * most + 64 * num_slices
+                assert not (num_slices > 5 and far_over), "it was encoded for nothing"
+            except TooManyTokensError:
+                assert len(ids) > most
+
+
+def test_a_long_text_is_given_up_at_once(long_text: str) -> None:
+    tokenizer = chat_tokenizer()
+    began = time.process_time()
+    ids = tokenizer.encode([long_text])
+    encoded = time.process_time() - began
+    with pytest.raises(TooManyTokensError):
+        tokenizer.encode([long_text], 8192)
+    given_up = time.process_time() - began - encoded
+    assert len(ids) > 1 << 20
+    print(f"{len(ids):,} tokens: {encoded:.2f} s, given up after {given_up * 1e3:.0f} ms")
+    assert given_up < encoded / 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
+def test_the_memory_of_a_long_text_is_given_back(long_text: str) -> None:
+    tokenizer = chat_tokenizer()
+    before, held = resident_mb(), []
+    for _ in range(2):
+        thread = threading.Thread(target=tokenizer.encode, args=[[long_text]])
+        thread.start()
+        thread.join()
+        held.append(resident_mb() - before)
+    print(f"kept after a text of {len(long_text) / 1e6:.1f} MB: {held[0]:.0f} MB, then {held[1]:.0f} MB")
+    assert max(held) < 100
+
+
+@pytest.fixture
+def long_text() -> str:
+    return "hello world " * (4_000_000 // 12)
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def test_bytes_of_tokens_that_are_not_there() -> None:

@@ -8,7 +8,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from toptwo.api.job import GenerationJob, JobTicket, Order, OutputForm, Workshop, fit, make_requests
+from toptwo.api.job import (
+    GenerationJob,
+    JobTicket,
+    Order,
+    OutputForm,
+    Workshop,
+    fit,
+    make_requests,
+    prompt_too_long,
+)
 from toptwo.api.message_schema import ChatMessage, ToolCall
 from toptwo.api.output_grammar import output_grammar
 from toptwo.api.schemas import ChatCompletionRequest
@@ -19,6 +28,7 @@ from toptwo.text.grammar import GrammarError
 from toptwo.text.harmony import EFFORTS
 from toptwo.text.model import ServedModel
 from toptwo.text.template import Message
+from toptwo.text.tokenizer import TooManyTokensError
 from toptwo.text.tools import Tool
 
 
@@ -29,7 +39,11 @@ def chat_job(chat: ChatCompletionRequest, ticket: JobTicket, workshop: Workshop)
     """
     model = workshop.model
     mode, tools = mode_of(chat.tool_choice, chat.tools), _tools(chat)
-    prompt = model.prompt_of(_messages(chat), tools if mode != "none" else (), _variables(chat, model))
+    shown, most = tools if mode != "none" else (), workshop.max_model_len
+    try:
+        prompt = model.prompt_of(_messages(chat), shown, _variables(chat, model), most)
+    except TooManyTokensError:
+        raise prompt_too_long(f"at least {most + 1}", most, param="messages") from None
     grammar, param = _grammar(chat, model)
     # A grammar holds from the first token on, and leaves room for thoughts in Harmony only.
     has_thoughts = grammar is None or model.harmony is not None

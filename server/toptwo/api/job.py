@@ -93,7 +93,7 @@ def make_requests(
     model = workshop.model
     stop_token_ids = [] if fields.ignore_eos else list(model.stop_token_ids)
     stop_token_ids += fields.stop_token_ids or []
-    grammar = None if order.grammar is None else Grammar(order.grammar, list(model.stop_token_ids))
+    grammar = None if order.grammar is None else Grammar(order.grammar, tuple(model.stop_token_ids))
     prompt_ids = list(order.prompt_ids)  # one list for all choices: prompts can be long
     sampling = _sampling(fields, model)
     return tuple(
@@ -134,15 +134,24 @@ def fit(num_prompt: int, most_tokens: int | None, max_model_len: int, *, param: 
     wanted = most_tokens or 1
     if num_prompt + wanted <= max_model_len:
         return most_tokens or max_model_len - num_prompt
-    message = f"This model's maximum context length is {max_model_len} tokens. However, "
     if num_prompt > max_model_len:
-        message += f"your messages resulted in {num_prompt} tokens. Please reduce the length of the messages."
-    else:
-        message += (
-            f"you requested {num_prompt + wanted} tokens ({num_prompt} in the messages, {wanted} in the"
-            " completion). Please reduce the length of the messages or completion."
-        )
-    raise ApiError(message, param=param, code="context_length_exceeded")
+        raise prompt_too_long(str(num_prompt), max_model_len, param=param)
+    rule = (
+        f"you requested {num_prompt + wanted} tokens ({num_prompt} in the messages, {wanted} in the"
+        " completion). Please reduce the length of the messages or completion."
+    )
+    raise _over_context(rule, max_model_len, param)
+
+
+def prompt_too_long(num_tokens: str, max_model_len: int, *, param: str) -> ApiError:
+    """The error about a prompt that does not fit by itself. num_tokens: as a number, or "at least" one."""
+    rule = f"your messages resulted in {num_tokens} tokens. Please reduce the length of the messages."
+    return _over_context(rule, max_model_len, param)
+
+
+def _over_context(rule: str, max_model_len: int, param: str) -> ApiError:
+    message = f"This model's maximum context length is {max_model_len} tokens. However, {rule}"
+    return ApiError(message, param=param, code="context_length_exceeded")
 
 
 def _sampling(fields: SamplingFields, model: ServedModel) -> SamplingParams:

@@ -12,12 +12,21 @@ from dataclasses import replace
 import msgspec
 
 from toptwo.api.generation import Delta
-from toptwo.api.job import GenerationJob, JobTicket, Order, OutputForm, Workshop, fit, make_requests
+from toptwo.api.job import (
+    GenerationJob,
+    JobTicket,
+    Order,
+    OutputForm,
+    Workshop,
+    fit,
+    make_requests,
+    prompt_too_long,
+)
 from toptwo.api.output_grammar import output_grammar
 from toptwo.api.text_completion_schema import CompletionRequest
 from toptwo.errors import ApiError
 from toptwo.messages import LogprobsWanted
-from toptwo.text.tokenizer import Tokenizer
+from toptwo.text.tokenizer import TooManyTokensError
 
 
 def completion_job(
@@ -27,7 +36,7 @@ def completion_job(
 
     Raises ApiError (400) when the prompt is empty or does not fit, or a schema is bad.
     """
-    prompt_ids = raw_prompt_ids(prompt, workshop.model.tokenizer)
+    prompt_ids = raw_prompt_ids(prompt, workshop)
     # The engine has nothing to do for 0 tokens; the one that it generates is not shown.
     most_tokens = max(request.most_tokens, 1)
     grammar, param = output_grammar(request, request.response_format)
@@ -50,13 +59,19 @@ def completion_job(
     return GenerationJob(requests, OutputForm(stops=request.stops, continues=True), param)
 
 
-def raw_prompt_ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
+def raw_prompt_ids(prompt: str | list[int], workshop: Workshop) -> list[int]:
     """The token ids of a prompt that is taken as it is: texts of control tokens become control tokens. A
     text begins with the tokens that the tokenizer puts before every text, bos where it has one.
 
     Raises ApiError (400).
     """
-    ids = [*tokenizer.prefix_ids, *tokenizer.encode([prompt])] if isinstance(prompt, str) else prompt
+    tokenizer, most = workshop.model.tokenizer, workshop.max_model_len
+    try:
+        ids = (
+            [*tokenizer.prefix_ids, *tokenizer.encode([prompt], most)] if isinstance(prompt, str) else prompt
+        )
+    except TooManyTokensError:
+        raise prompt_too_long(f"at least {most + 1}", most, param="prompt") from None
     if not ids:
         raise _bad_prompt("It has no token.")
     if max(ids) >= tokenizer.vocab_size:

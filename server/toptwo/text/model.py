@@ -68,11 +68,13 @@ class ServedModel:
         messages: Sequence[Message],
         tools: Sequence[Tool] = (),
         variables: Mapping[str, Any] | None = None,
+        most_tokens: int | None = None,
     ) -> Prompt:
         """The prompt that asks for the next answer. Slow for long chats: call it in a thread.
 
         variables: the caller's, for the template. Texts of control tokens in all three stay plain text.
-        Raises ApiError when the template refuses them, or there is none.
+        Raises ApiError when the template refuses them, or there is none; for most_tokens, see
+        `Tokenizer.encode`.
         """
         if self.template is None:
             raise ApiError(_NO_TEMPLATE, param="model", code="no_chat_template")
@@ -87,7 +89,7 @@ class ServedModel:
             message = "The messages or tools are nested too deeply."
             raise ApiError(message, param="messages", code="invalid_value") from None
         in_reasoning = self.reasoning is not None and text.rstrip().endswith(self.reasoning.open)
-        return Prompt(self.tokenizer.encode(text.split(marker)), in_reasoning)
+        return Prompt(self.tokenizer.encode(text.split(marker), most_tokens), in_reasoning)
 
     @cached_property
     def harmony(self) -> Harmony | None:

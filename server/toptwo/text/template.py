@@ -1,8 +1,8 @@
 """Chat messages to one prompt text, by the Jinja template that came with the model.
 
 Templates are code from a stranger, so they run in Jinja's immutable sandbox, and their output and time
-are bounded; requests can never supply one. The environment matches the one Hugging Face documents for
-chat templates, so that a model sees here what it saw in training.
+are bounded (see `bounded_jinja`); requests can never supply one. The environment matches the one Hugging
+Face documents for chat templates, so that a model sees here what it saw in training.
 
 Knows templates and messages; must not know token ids or HTTP.
 """
@@ -10,7 +10,6 @@ Knows templates and messages; must not know token ids or HTTP.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -23,11 +22,11 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from toptwo.errors import ApiError, CheckpointError, StartupError
 from toptwo.text import tools as tools_of
+from toptwo.text.bounded_jinja import BoundedEnvironment, RenderWatch, TooMuchWorkError
 from toptwo.text.checkpoint import read_json_if_present, read_text
 from toptwo.text.harmony import harmony_messages, harmony_tools, speaks_harmony
 
@@ -37,6 +36,7 @@ Message = Mapping[str, Any]
 
 MAX_PROMPT_CHARS = 16 * 1024 * 1024
 MAX_RENDER_SECONDS = 10.0
+_TOO_MUCH = "The model's chat template makes too long a prompt of these messages, or takes too long for it."
 _MOST_EXPLAINED = 300  # characters of a template's own error message that a caller sees
 
 
@@ -152,19 +152,18 @@ class ChatTemplate:
         if taken := sorted(ours.keys() & variables.keys()):
             message = f"Invalid value for 'chat_template_kwargs': {taken[0]} is set by the server."
             raise ApiError(message, param="chat_template_kwargs", code="invalid_value")
-        deadline = time.monotonic() + MAX_RENDER_SECONDS
+        watch = RenderWatch(MAX_RENDER_SECONDS, MAX_PROMPT_CHARS)
         parts: list[str] = []
         num_chars = 0
         try:
-            for part in self._template.generate({**variables, **ours}):
+            for part in self._template.generate({**variables, **ours, **watch.variables}):
                 parts.append(part)
                 num_chars += len(part)
-                if num_chars > MAX_PROMPT_CHARS or time.monotonic() > deadline:
-                    raise _refusal("The model's chat template makes too long a prompt of these messages.")
+                watch.check(num_chars)
         except _RaisedByTemplateError as error:
             raise _refusal(str(error)[:_MOST_EXPLAINED]) from None
-        except ApiError:
-            raise
+        except TooMuchWorkError:
+            raise _refusal(_TOO_MUCH) from None
         except Exception:  # any error of the template's code; its text is not for the caller
             raise _refusal("The model's chat template cannot render these messages.") from None
         return "".join(parts)
@@ -211,8 +210,8 @@ def _refusal(message: str) -> ApiError:
     return ApiError(message, param="messages", code="invalid_value")
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
     )
     environment.filters["tojson"] = _to_json

@@ -5,9 +5,10 @@ Knows the tokenizer files of a checkpoint; must not know chat messages, HTTP or 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -16,6 +17,13 @@ from toptwo.errors import CheckpointError
 from toptwo.text.checkpoint import read_json_if_present
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# Longer texts are looked at in slices before they are encoded, where only so many tokens are wanted.
+_SLICE_CHARS = 64 * 1024
+_NUM_UNSLICED = 4
+# Of a slice that is cut out of a text, this many tokens at its two ends need not be in the text's own.
+_TOKENS_AT_CUTS = 16
+_LARGE_CHARS = 1 << 20
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _TURN_MARK = re.compile("<[|\uff5c].+[|\uff5c]>")  # the second kind of bar is the full-width one
@@ -31,6 +39,10 @@ def _byte_characters() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_characters()
+
+
+class TooManyTokensError(Exception):
+    """A text has more tokens than were wanted; how many is not known."""
 
 
 class Tokenizer:
@@ -93,12 +105,24 @@ class Tokenizer:
             named_tokens=named_tokens,
         )
 
-    def encode(self, pieces: Sequence[str]) -> list[int]:
+    def encode(self, pieces: Sequence[str], most: int | None = None) -> list[int]:
         """Token ids of the pieces, one after the other; no token is formed across a border of two.
 
         Texts of control tokens inside a piece become control tokens. No bos or eos is added: chat
         templates write their own.
+        most: how many tokens are of use. Raises TooManyTokensError for a text that is much longer, without
+        the work of encoding all of it; one that is just longer is encoded.
         """
+        num_chars = sum(map(len, pieces))
+        if most is not None and self._is_far_over(pieces, num_chars, most):
+            raise TooManyTokensError
+        try:
+            return self._encode_pieces(pieces)
+        finally:
+            if num_chars > _LARGE_CHARS:
+                _give_memory_back()
+
+    def _encode_pieces(self, pieces: Sequence[str]) -> list[int]:
         first, *rest = pieces
         if not rest:
             return self._encode_whole([first])[0]
@@ -143,10 +167,50 @@ class Tokenizer:
         """How many tokens there are, control tokens included."""
         return self._vocabulary.get_vocab_size()
 
+    def _is_far_over(self, pieces: Sequence[str], num_chars: int, most: int) -> bool:
+        """Whether the pieces have more than `most` tokens; False where they may fit or do not by little.
+
+        Slices are counted until there are more than twice as many. Where one is cut, and at the front of
+        each piece, where some tokenizers put a space, it has a few tokens that are not in the whole: at most
+        one for each piece, and thus at most as many as the pieces have, beside those at the cuts.
+        """
+        size = max(_SLICE_CHARS, 4 * most)
+        if num_chars <= _NUM_UNSLICED * size:
+            return False
+        surplus = -2 * most
+        for batch in _slices(pieces, size):
+            surplus += sum(map(len, self._encode_whole(batch))) - _TOKENS_AT_CUTS
+            if surplus > 0:
+                return True
+        return False
+
     def _encode_whole(self, texts: list[str]) -> list[list[int]]:
         # Of the library's entry points this is the one that lets go of the interpreter lock (a long
         # prompt would otherwise stall every stream of the process); it also skips unused offsets.
         return [e.ids for e in self._vocabulary.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _slices(pieces: Iterable[str], size: int) -> Iterator[list[str]]:
+    """The pieces, long ones cut, in batches of about so many characters."""
+    batch: list[str] = []
+    room = size
+    for piece in pieces:
+        for start in range(0, len(piece), size):
+            batch.append(piece[start : start + size])
+            room -= len(batch[-1])
+            if room <= 0:
+                yield batch
+                batch, room = [], size
+    if batch:
+        yield batch
+
+
+def _give_memory_back() -> None:
+    """Return to the system what was freed. glibc keeps it, by the hundred megabytes, for the thread that
+    once needed it, and offers no limit to set that holds for threads that are there."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other libraries have none, and keep less
+    if trim is not None:
+        trim(0)
 
 
 def _advice(directory: Path) -> str:
