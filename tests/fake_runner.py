@@ -9,7 +9,7 @@ sequence gives the same tokens however it is cut into steps.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from toptwo.messages import NewSequence, StepPlan, StepResult
 
@@ -39,10 +39,15 @@ class CheckingRunner:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_step_tokens = max_step_tokens
+        self.overlaps = False
         self.steps = 0
         self.cache: dict[tuple[int, int], tuple[int, int]] = {}
         self.tokens: dict[int, list[int]] = {}
         self.tables: dict[int, list[int]] = {}
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        result = self.execute(plan)
+        return lambda: result
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.steps += 1

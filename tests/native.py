@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from toptwo_kernels import cpu
 from toptwo_kernels.cpu.linear import unpack
+from toptwo_kernels.cpu.native import FORMATS as NATIVE_FORMATS
 from toptwo_kernels.ops import (
     AttentionSpec,
     HeadShape,
@@ -25,7 +26,7 @@ from toptwo_kernels.ops import (
 
 torch.set_num_threads(1)  # a second pool of threads would fight the one under test
 
-FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+FORMATS: tuple[WeightFormat, ...] = tuple(NATIVE_FORMATS)
 BLOCK = 16
 
 

@@ -29,6 +29,8 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "device": ("cpu", "cpu"),
     "dtype": ("bfloat16", "bfloat16"),
     "quantization": ("int4", "int4"),
+    "kv_dtype": ("fp8", "fp8"),
+    "random_weights": ("true", True),
     "backend": ("reference", "reference"),
     "max_model_len": ("100", 100),
     "max_num_seqs": ("7", 7),
@@ -72,7 +74,7 @@ def test_a_setting_from_the_command_line(name: str, served: list[tuple[Settings,
     arguments = [flag_of(name), text]
     if name == "model":
         arguments = [text]
-    if name == "no_prefix_caching":
+    if value is True:
         arguments = [flag_of(name)]
     result = CliRunner().invoke(cli.cli, ["serve", *arguments])
     assert result.exit_code == 0, result.output
@@ -122,10 +124,9 @@ def test_several_keys(served: list[tuple[Settings, dict[str, str]]], monkeypatch
         ({"kv_cache_gib": "inf"}, "--kv-cache-gib:"),
         ({"threads": "many"}, "--threads: Input should be a valid integer"),
         ({"cache_dir": "~nobody-here/x"}, "--cache-dir: Value error, Could not determine home directory"),
-        ({"device": "cuda"}, "--device cuda: this version runs on CPUs only"),
         (
             {"quantization": "int3"},
-            "--quantization: Input should be 'auto', 'none', 'int8' or 'int4' (got 'int3')",
+            "--quantization: Input should be 'auto', 'none', 'int8', 'int4' or 'fp8' (got 'int3')",
         ),
         ({"backend": "cuda"}, "--backend: Input should be 'auto', 'cpu' or 'reference' (got 'cuda')"),
         ({"max_step_tokens": "32", "max_num_seqs": "33"}, "--max-step-tokens 32 must be at least"),

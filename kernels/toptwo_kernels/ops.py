@@ -25,7 +25,7 @@ Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
 tanh form; and gate * sigmoid(1.702 gate) * (up + 1), gate at most `limit` and up within it (gpt-oss)."""
 ScoreFunction = Literal["softmax", "sigmoid", "sparsemixer"]
 GroupScore = Literal["best", "best_two"]
-WeightFormat = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+WeightFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "fp8"]
 QUANTIZED: tuple[WeightFormat, ...] = ("int8", "int4")
 GROUP = 32  # consecutive inputs that share a scale in the quantised formats
 
@@ -201,7 +201,9 @@ class StepBatch:
     last ones of a context of context_lens_R[r] tokens (their own KV included). Token j of the
     context lies in block block_tables_RB[r, j // block_size] at offset j % block_size; entries behind
     the context's last block mean nothing. slots_T says the same of the step's own tokens, as
-    block * block_size + offset. selected_S: the tokens whose logits are wanted.
+    block * block_size + offset. selected_S: the tokens whose logits are wanted. drawn_R: what the step
+    before this one has drawn, if the host does not know it yet; an id -1 - i stands for drawn_R[i]. Only
+    backends that run steps by themselves are given it.
 
     Example: block size 16, one row that decodes its 18th token from blocks 7 and 2:
     query_starts [0, 1], context_lens [18], block_tables [[7, 2]], positions [17], slots [33].
@@ -215,6 +217,7 @@ class StepBatch:
     block_tables_RB: Tensor
     block_size: int
     selected_S: Tensor
+    drawn_R: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,8 @@ class Ops(Protocol):
         """A float weight [O, I] or [E, O, I] in the layout and format that the products below read.
 
         int8: symmetric, int4: with a zero point; both in groups of 32 inputs with a float16 scale.
+        fp8: e4m3 with a float32 scale per block of 128 outputs and 128 inputs (DeepSeek-V3), where gates and
+        ups are blocks of their own. Raises ValueError for a format that the backend does not have.
         """
 
     def allocate_kv(self, num_blocks: int, block_size: int, shape: KVShape, dtype: torch.dtype) -> KVCache:

@@ -162,7 +162,8 @@ class _Site:
     key: LocalKey | None
     listener: socket.socket
     run_dir: Path
-    has_chat: bool = True  # known when the model's words have been read
+    has_chat: bool = True  # this and the next are known when the model's words have been read
+    end_token_ids: tuple[int, ...] = ()
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     told_to_drain: asyncio.Event = field(default_factory=asyncio.Event)
     told_to_cut: asyncio.Event = field(default_factory=asyncio.Event)
@@ -214,7 +215,7 @@ class _Site:
 
     def _create_server(self, supervisor: Supervisor, grammars: GrammarChecker) -> _Server:
         model = load_served_model(self.source.directory, self.source.name, self.settings.chat_template)
-        self.has_chat = model.template is not None
+        self.has_chat, self.end_token_ids = model.template is not None, model.stop_token_ids
         if not self.has_chat:
             log.warning("the model has no chat template: chats, responses and messages are refused")
         limits = AdmissionLimits(
@@ -244,7 +245,8 @@ class _Site:
             fields |= {"max_model_len": resolved.max_model_len, "threads": resolved.num_threads}
             fields |= {"backend": resolved.backend, "quantization": resolved.quantization}
             fields |= {"kv_cache_gib": resolved.kv_cache_bytes / (1 << 30)}
-        return json.dumps({"settings": fields, "directory": str(self.source.directory)}).encode()
+        words = {"directory": str(self.source.directory), "end_token_ids": self.end_token_ids}
+        return json.dumps({"settings": fields, **words}).encode()
 
     async def _announce(self, supervisor: Supervisor) -> None:
         while (info := supervisor.client.info) is None:

@@ -39,9 +39,15 @@ def run_engine(socket_path: Path) -> None:
     settings = Settings(**config["settings"])
     configure_logging(settings.log_level, quoting=True)  # it sees no text and no key
     endpoint = EngineSocket(socket_path)
-    with _loading_bar() as on_progress:
+    with _loading_bar() as show:
+
+        def on_progress(done: int, total: int) -> None:
+            process.report_progress(socket_path, done, total)
+            show(done, total)
+
         runtime = build_runtime(settings, Path(config["directory"]), on_progress, own_process=True)
-    info = runtime.info
+    info, grammars = runtime.info, runtime.runner.grammars
+    grammars.load_vocabulary(config["end_token_ids"])
     limits = SchedulerLimits(
         vocab_size=info.vocab_size,
         max_model_len=info.max_model_len,
@@ -50,7 +56,7 @@ def run_engine(socket_path: Path) -> None:
         prefix_caching=info.prefix_caching,
         max_queue_seconds=settings.queue_timeout,
     )
-    scheduler = Scheduler(limits, BlockPool(info.num_blocks, info.block_size))
+    scheduler = Scheduler(limits, BlockPool(info.num_blocks, info.block_size), prepare=grammars.prepare)
     Engine(scheduler, runtime.runner, endpoint, info).run()
 
 

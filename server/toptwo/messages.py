@@ -55,7 +55,7 @@ class Grammar(msgspec.Struct, frozen=True):
     """
 
     source: str
-    end_token_ids: list[int]
+    end_token_ids: tuple[int, ...]
 
 
 class LogprobsWanted(msgspec.Struct, frozen=True):

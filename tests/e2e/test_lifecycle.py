@@ -43,11 +43,13 @@ async def wait_for(condition: Callable[[], bool], timeout: float = 10.0) -> None
 @pytest.mark.parametrize("moment", ["while queued", "in the prompt", "while decoding"])
 async def test_leaving_frees_everything(server: ServerProcess, stream: bool, moment: str) -> None:
     """The engine logs every abort with the number of free blocks: afterwards all must be free."""
-    text, patience = ("hello world " * 600, 0.15) if moment == "in the prompt" else ("hello", 1.0)
+    # Long enough that nobody is done within the time, and new to the cache of prefixes.
+    long = f"{stream:d} hello world " * 600
+    text, patience = (long, 0.15) if moment == "in the prompt" else ("hello", 1.0)
     crowd = 70 if moment == "while queued" else 1  # 64 run at once
     aborts = server.err.count("request aborted")
     async with httpx2.AsyncClient(base_url=server.url, headers=headers(server), timeout=60) as client:
-        wanted = body(stream, 8000 if moment != "in the prompt" else 100, text)
+        wanted = body(stream, 8000 if moment != "in the prompt" else 3000, text)
         calls = [client.post("/chat/completions", json=wanted) for _ in range(crowd)]
         leaving = [asyncio.wait_for(call, patience) for call in calls]
         for result in await asyncio.gather(*leaving, return_exceptions=True):
@@ -278,8 +280,11 @@ def test_a_taken_port_is_told_at_once(start: Start) -> None:
     ("arguments", "words"),
     [
         (["--port", "http"], "--port: Input should be a valid integer"),
-        (["--device", "cuda"], "--device cuda: this version runs on CPUs only"),
-        (["--quantization", "int3"], "--quantization: Input should be 'auto', 'none', 'int8' or 'int4'"),
+        (["--device", "cuda"], "--device cuda: "),
+        (["--device", "cuda", "--backend", "cpu"], "--backend cpu cannot go with --device cuda"),
+        (["--kv-dtype", "fp8"], "--kv-dtype fp8: only a GPU's kernels have it"),
+        (["--quantization", "fp8"], "--quantization fp8: only a GPU's kernels have it"),
+        (["--quantization", "int3"], "--quantization: Input should be 'auto', 'none', 'int8', 'int4' or"),
         (["--backend", "cuda"], "--backend: Input should be 'auto', 'cpu' or 'reference'"),
         (["--max-model-len", "9000"], "--max-model-len 9000 is over the model's 8192"),
         (["--kv-cache-gib", "0.000001"], "raise --kv-cache-gib"),

@@ -2,7 +2,8 @@
 
 Modes: serve; slow (50 ms per step); crash-on-start; cannot-load (status 1); bad-model (status 2); silent-2
 (that status without a word); crash-in-step; sleep-in-step and spin-in-step (for ever); slow-step (3 s);
-nonsense (no valid tokens for prompts that begin with 13).
+nonsense (no valid tokens for prompts that begin with 13); sleep-in-load and spin-in-load (for ever, after
+some progress); slow-load (3 s, with progress all the time); sleep-in-reload (not in the first engine).
 """
 
 from __future__ import annotations
@@ -39,6 +40,17 @@ INFO = EngineInfo(
     kv_cache_bytes=0,
     load_seconds=0.0,
 )
+
+
+def load(path: Path, mode: str) -> None:
+    """Load nothing, in the manner of the mode."""
+    if mode == "sleep-in-reload" and path.name == "engine-1.sock":
+        return
+    for done in range(30):
+        process.report_progress(path, done, 30)
+        time.sleep(0.1 if mode == "slow-load" else 0.02)
+    while mode != "slow-load":
+        time.sleep(0 if mode == "spin-in-load" else 0.1)
 
 
 class ModalRunner(CheckingRunner):
@@ -90,4 +102,6 @@ if __name__ == "__main__":
         sys.exit(1 if mode == "cannot-load" else 2)
     if mode == "silent-2":
         sys.exit(2)
+    if mode.endswith("load"):
+        load(Path(path), mode)
     create_engine(Path(path), mode).run()

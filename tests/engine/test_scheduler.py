@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,7 +15,14 @@ from fakes import engine_info
 from toptwo.engine.blocks import BlockPool
 from toptwo.engine.engine import Engine
 from toptwo.engine.scheduler import Scheduler, SchedulerLimits
-from toptwo.messages import GenerateRequest, SamplingParams, TokenEvent, TokenEvents
+from toptwo.messages import (
+    GenerateRequest,
+    Grammar,
+    SamplingParams,
+    StepResult,
+    TokenEvent,
+    TokenEvents,
+)
 
 BLOCK = 4
 
@@ -27,6 +36,7 @@ class Harness:
     max_num_seqs: int = 4
     max_step_tokens: int = 8
     prefix_caching: bool = True
+    prepare: Callable[[Grammar], bool] = lambda grammar: True
     tokens: dict[str, list[int]] = field(default_factory=dict)
     ends: dict[str, TokenEvent] = field(default_factory=dict)
     requests: dict[str, GenerateRequest] = field(default_factory=dict)
@@ -35,7 +45,7 @@ class Harness:
         limits = SchedulerLimits(
             VOCAB, self.max_model_len, self.max_num_seqs, self.max_step_tokens, self.prefix_caching
         )
-        self.scheduler = Scheduler(limits, BlockPool(self.num_blocks, BLOCK))
+        self.scheduler = Scheduler(limits, BlockPool(self.num_blocks, BLOCK), prepare=self.prepare)
         self.runner = CheckingRunner(self.max_num_seqs, self.num_blocks, BLOCK, self.max_step_tokens)
 
     def add(self, prompt: list[int], max_tokens: int = 5, scope: str = "", stop: tuple[int, ...] = ()) -> str:
@@ -353,3 +363,91 @@ def test_the_engine_tells_each_client_whose_request_was_late() -> None:
         engine.step()
     ends = {client: event.finish_reason for client, event in post.sent if event.finish_reason}
     assert ends == {b"a": "length", b"b": "overload", b"c": "overload"}
+
+
+def with_grammar(name: str) -> GenerateRequest:
+    return GenerateRequest(name, [3, 1, 4], SamplingParams(seed=0), 5, grammar=Grammar(name, (1,)))
+
+
+def test_a_grammar_that_is_not_ready_lets_others_go_first() -> None:
+    ready: set[str] = set()
+    harness = Harness(max_num_seqs=2, prepare=lambda grammar: grammar.source in ready)
+    for name in ("slow", "quick"):
+        harness.requests[name] = with_grammar(name)
+        harness.take(harness.scheduler.add(harness.requests[name]))
+    assert not harness.step(), "neither is ready"
+    assert harness.scheduler.num_waiting == 2
+    plain = [harness.add([i]) for i in range(4)]
+    ready.add("quick")
+    while harness.step():
+        pass
+    assert set(harness.ends) == {"quick", *plain}
+    ready.add("slow")
+    harness.run()
+    harness.check_clean()
+
+
+def test_what_is_not_ready_can_be_ended() -> None:
+    harness = Harness(prepare=lambda grammar: False)
+    harness.requests["slow"] = with_grammar("slow")
+    harness.take(harness.scheduler.add(harness.requests["slow"]))
+    assert not harness.step()
+    harness.abort("slow")
+    assert harness.ends["slow"].finish_reason == "abort"
+    assert not harness.scheduler.has_work
+
+
+def run_ahead(harness: Harness, steps: int = 10_000) -> None:
+    """Steps as on a GPU: each is planned before the result of the one in front of it is known."""
+    launched: deque[StepResult] = deque()
+    for _ in range(steps):
+        plan = harness.scheduler.plan()
+        if plan:
+            launched.append(harness.runner.execute(plan))
+        elif not launched:
+            break
+        while len(launched) > (1 if plan else 0):
+            harness.take(*harness.scheduler.apply(launched.popleft()))
+
+
+def test_steps_planned_ahead_give_the_same_tokens() -> None:
+    harness = Harness(num_blocks=12, max_num_seqs=3, max_model_len=40)
+    names = [harness.add([1, 2, 3, index], max_tokens=9, stop=(7,)) for index in range(6)]
+    run_ahead(harness)
+    for name in names:
+        assert harness.tokens[name] == generate(harness.requests[name].prompt_ids, 9, [7])
+    assert harness.scheduler.blocks.num_free == 12
+
+
+def test_nothing_is_planned_behind_a_last_token() -> None:
+    """Its row would lie behind the context that the sequence was admitted with."""
+    harness = Harness()
+    harness.add([1, 2, 3], max_tokens=4)
+    run_ahead(harness)
+    assert harness.runner.steps == 4
+
+
+def test_who_needs_its_last_token_waits_for_it() -> None:
+    harness = Harness()
+    params = SamplingParams(seed=0, presence_penalty=1.0)
+    harness.take(harness.scheduler.add(GenerateRequest("p", [1, 2], params, 3)))
+    harness.requests["p"] = GenerateRequest("p", [1, 2], params, 3)
+    first = harness.scheduler.plan()
+    assert first
+    assert harness.scheduler.plan() is None
+    harness.take(*harness.scheduler.apply(harness.runner.execute(first)))
+    run_ahead(harness)
+    assert harness.tokens["p"] == generate([1, 2], 3)
+
+
+def test_blocks_given_up_while_they_are_filled_are_not_offered() -> None:
+    harness = Harness()
+    name = harness.add(list(range(BLOCK * 2)), max_tokens=3)
+    plan = harness.scheduler.plan()
+    assert plan
+    result = harness.runner.execute(plan)
+    harness.scheduler._preempt(harness.scheduler._running[0])
+    assert harness.scheduler.plan() is None, "its drawn token is not known yet"
+    harness.take(*harness.scheduler.apply(result))
+    harness.run()
+    assert harness.tokens[name] == generate(harness.requests[name].prompt_ids, 3)

@@ -4,7 +4,7 @@ they have long ended, in any order. Nothing raises, no block or slot goes astray
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fake_runner import VOCAB, CheckingRunner, generate
 from toptwo.engine.blocks import BlockPool
 from toptwo.engine.scheduler import Scheduler, SchedulerLimits
-from toptwo.messages import GenerateRequest, SamplingParams, TokenEvent
+from toptwo.messages import GenerateRequest, SamplingParams, StepResult, TokenEvent
 
 BLOCK, MAX_LEN, QUEUE_SECONDS = 4, 40, 10.0
 
@@ -36,6 +36,7 @@ class Requests(RuleBasedStateMachine):
         limits = SchedulerLimits(VOCAB, MAX_LEN, slots, budget, cache, QUEUE_SECONDS)
         self.scheduler = Scheduler(limits, BlockPool(num_blocks, BLOCK), lambda: self.now)
         self.runner = CheckingRunner(slots, num_blocks, BLOCK, budget)
+        self.launched: deque[StepResult] = deque()
         self.open: dict[str, GenerateRequest] = {}
         self.tokens: dict[str, list[int]] = {}
         self.arrived: dict[str, float] = {}
@@ -65,12 +66,24 @@ class Requests(RuleBasedStateMachine):
         self.run_step([])
 
     @rule(gone=st.lists(names, max_size=3))
+    def step_ahead(self, gone: list[str]) -> None:
+        """Planned and run before the result of the step in front of it is known; that comes afterwards."""
+        plan = self.scheduler.plan()
+        if plan:
+            self.launched.append(self.runner.execute(plan))
+        for name in gone:
+            self.abort(name)
+        while len(self.launched) > (1 if plan else 0):
+            self.take(*self.scheduler.apply(self.launched.popleft()))
+
+    @rule(gone=st.lists(names, max_size=3))
     def step_that_clients_leave_in(self, gone: list[str]) -> None:
         """Their results come when they have left; one may even have come back under the same id."""
         self.run_step(gone)
 
     @rule(gone=names, prompt=prompts)
     def step_that_an_id_is_reused_in(self, gone: str, prompt: list[int]) -> None:
+        self.catch_up()
         plan = self.scheduler.plan()
         self.abort(gone)
         self.add(gone, prompt, 5, "")
@@ -108,7 +121,13 @@ class Requests(RuleBasedStateMachine):
         self.take(*self.scheduler.fail_all("lost"))
         assert not self.scheduler.has_work
 
+    def catch_up(self) -> None:
+        """Take in what was run ahead."""
+        while self.launched:
+            self.take(*self.scheduler.apply(self.launched.popleft()))
+
     def run_step(self, gone: list[str]) -> None:
+        self.catch_up()
         plan = self.scheduler.plan()
         if plan is None:
             assert not self.open, "there is work, and nothing is planned"

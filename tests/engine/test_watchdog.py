@@ -7,15 +7,20 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
 from engine_processes import collect, request, supervised
+from toptwo.engine.supervisor import RestartPolicy
 from toptwo.engine.watchdog import HangPolicy, effort_of
+from toptwo.errors import StartupError
 
-HASTY = HangPolicy(still_seconds=1.0, step_seconds=2.0, tick_seconds=0.1)
+HASTY = HangPolicy(
+    still_seconds=1.0, step_seconds=2.0, load_still_seconds=1.0, load_seconds=2.0, tick_seconds=0.1
+)
 PATIENT = HangPolicy(still_seconds=1.0, step_seconds=60.0, tick_seconds=0.1)
 
 
@@ -99,6 +104,38 @@ async def test_time_in_which_we_were_stopped_is_not_held_against_the_engine(
         time.sleep(3)  # as if this whole process were stopped, and its loop with it
         assert (await answer)[-1].finish_reason == "length"
     assert reasons(logs) == []
+
+
+@pytest.mark.parametrize("mode", ["sleep-in-load", "spin-in-load"])
+async def test_a_server_whose_engine_hangs_while_it_loads_does_not_start(tmp_path: Path, mode: str) -> None:
+    why = "neither answered nor computed for 1 s" if mode == "sleep-in-load" else "not answered for [0-9.]+ s"
+    began = time.monotonic()
+    async with supervised(tmp_path, mode, hang_policy=replace(HASTY, times_longest=1.0)) as (_, running):
+        with pytest.raises(StartupError, match=f"the engine was killed: it has {why} while it loaded"):
+            await running
+    assert 1 < time.monotonic() - began < 10
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_engine_that_loads_slowly_is_waited_for(
+    tmp_path: Path, logs: list[dict[str, object]]
+) -> None:
+    async with supervised(tmp_path, "slow-load", hang_policy=HASTY) as (supervisor, _):
+        async with asyncio.timeout(10):
+            await supervisor.client.ready.wait()
+        assert (await collect(supervisor, request("r", [1], 3)))[-1].finish_reason == "length"
+    assert reasons(logs) == []
+
+
+async def test_engines_that_hang_while_they_load_are_given_up(tmp_path: Path) -> None:
+    """However long each of them takes to be found out."""
+    policy = RestartPolicy(max_crashes=2, window=0.5)
+    async with supervised(tmp_path, "sleep-in-reload", policy, HASTY) as (supervisor, running):
+        await supervisor.client.ready.wait()
+        assert supervisor.pid is not None
+        os.kill(supervisor.pid, signal.SIGKILL)
+        with pytest.raises(StartupError, match="2 engines in a row never got ready; giving up"):
+            await running
 
 
 def test_computing_is_effort_and_waiting_is_none() -> None:

@@ -5,6 +5,7 @@
 raise@N, oom@N: an exception in the Nth step, the second one a MemoryError.
 exit@N, kill@N: the process ends with status 0, or as the kernel ends one when memory is out.
 hang@N: the Nth step never ends. slow@MS: every step takes so many milliseconds more.
+stall@N: loading never goes on behind the Nth weight.
 preempt@N: before every Nth step the youngest running sequence loses its blocks, unless it runs alone.
 """
 
@@ -15,9 +16,12 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from toptwo.engine import process
 from toptwo.engine.engine import Engine
 from toptwo.engine.scheduler import Scheduler
 from toptwo.messages import StepPlan, StepResult
@@ -29,7 +33,7 @@ def parse(text: str, *, first: bool = True) -> dict[str, int]:
     """What is asked of this engine. A fault that does not exist is an error: it would never strike."""
     wanted = {}
     for part in text.split(","):
-        found = re.fullmatch(r"(raise|oom|exit|kill|hang|slow|preempt)@([1-9]\d*)(\*?)", part)
+        found = re.fullmatch(r"(raise|oom|exit|kill|hang|stall|slow|preempt)@([1-9]\d*)(\*?)", part)
         if not found:
             raise ValueError(f"FAULTS: {part!r} is no fault")
         if first or found[3]:
@@ -40,6 +44,8 @@ def parse(text: str, *, first: bool = True) -> dict[str, int]:
 def install(text: str, generation: str) -> None:
     """Let every Engine that is made in this process fail as asked. generation: the path of its socket."""
     faults = parse(text, first=generation.endswith(FIRST_SOCKET))
+    if "stall" in faults:
+        stall_at(faults["stall"])
     make = Engine.__init__
 
     def make_faulty(self: Engine, scheduler: Scheduler, runner: Any, *others: Any) -> None:
@@ -48,6 +54,18 @@ def install(text: str, generation: str) -> None:
         make(self, scheduler, FaultyRunner(runner, faults), *others)
 
     Engine.__init__ = make_faulty  # type: ignore[method-assign]
+
+
+def stall_at(weight: int) -> None:
+    """Let the loading hang when it reports this weight."""
+    report = process.report_progress
+
+    def report_or_hang(socket_path: Path, done: int, total: int) -> None:
+        report(socket_path, done, total)
+        if done == weight:
+            strike("hang")
+
+    process.report_progress = report_or_hang
 
 
 def preempt_every(scheduler: Scheduler, steps: int) -> None:
@@ -75,14 +93,14 @@ class FaultyRunner:
     faults: dict[str, int]
     steps: int = 0
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         self.steps += 1
         time.sleep(self.faults.get("slow", 0) / 1000)
         for name, step in self.faults.items():
-            if name not in ("slow", "preempt") and step == self.steps:
+            if name not in ("slow", "preempt", "stall") and step == self.steps:
                 strike(name)
-        result: StepResult = self.runner.execute(plan)
-        return result
+        launched: Callable[[], StepResult] = self.runner.launch(plan)
+        return launched
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.runner, name)

@@ -30,7 +30,7 @@ def sample(
     table.num_prompt_tokens = [1] * len(params)
     table.sampling = params
     rows = [Row(slot, 0, len(tokens), [], True) for slot in range(len(params))]
-    return sample_rows(logits.expand(len(params), -1), rows, table, ops)
+    return sample_rows(logits.expand(len(params), -1), rows, table, ops).tolist()
 
 
 def exact(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[float]:
@@ -136,7 +136,7 @@ def test_a_row_of_nonsense_is_marked_and_harms_no_other(
     nonsense = LOGITS.clone()
     nonsense[5] = bad
     rows = [Row(slot, 0, 1, [], True) for slot in range(2)]
-    got = sample_rows(torch.stack((nonsense, LOGITS)), rows, table, ops)
+    got = sample_rows(torch.stack((nonsense, LOGITS)), rows, table, ops).tolist()
     assert got[0] == -1
     assert 0 <= got[1] < VOCAB
 

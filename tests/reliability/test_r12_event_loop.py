@@ -23,6 +23,7 @@ LAG_SWITCH = Path(__file__).parent / "lag_switch"
 NUM_STREAMS = 8
 MOST_LAG_P99, MOST_LAG = 0.05, 0.25  # seconds
 MOST_SLOWER = 2.0
+MOST_GAP = 0.5  # seconds between two tokens of a stream while others' grammars are compiled
 SLOW_STEPS = "slow@20*"  # milliseconds: a step that is short against what is looked for, and steady
 FAULT_SWITCH = Path(__file__).parents[1] / "fault_switch"
 FULL = MAX_BODY_BYTES - 4096  # bytes of text that fit into a body
@@ -39,8 +40,11 @@ def tool(number: int, properties: int, description: int) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def schema(properties: int) -> dict[str, Any]:
-    fields = {f"field_{n}": {"enum": [f"value {m}" for m in range(8)]} for n in range(properties)}
+CHOICE: dict[str, Any] = {"enum": [f"value {m}" for m in range(8)]}
+
+
+def schema(properties: int, kind: dict[str, Any] = CHOICE) -> dict[str, Any]:
+    fields = {f"field_{n}": kind for n in range(properties)}
     wanted = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted}}
 
@@ -75,7 +79,10 @@ LOADS: dict[str, tuple[str, dict[str, Any]]] = {
         "/chat/completions",
         {"messages": messages("hello"), "x": [1] * (FULL // 3)},
     ),
-    "8 MB of nothing": ("/chat/completions", {"messages": messages("hello"), "metadata": [{}] * (FULL // 4)}),
+    "8 MB of nothing": (
+        "/chat/completions",
+        {"messages": messages("hello"), "metadata": [{}] * (FULL // 4), "max_tokens": 1},
+    ),
 }
 
 
@@ -180,3 +187,29 @@ async def test_nobody_waits_for_the_largest_requests(
     assert max(lags) <= MOST_LAG, figure
     assert slower <= MOST_SLOWER, figure
     record("R12", f"the largest requests of each kind, beside {NUM_STREAMS} streams", len(LOADS), 0, figure)
+
+
+async def test_no_stream_waits_for_a_grammar(start: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    server = start(PYTHONPATH=str(LAG_SWITCH), LAG_FILE=str(tmp_path / "lags"))
+    kinds = [{"type": "string", "format": "date-time", "minLength": length} for length in range(1, 6)]
+    formats = [schema(2_000), *(schema(1_000, kind) for kind in kinds)]
+    body = {
+        "messages": messages("hello"),
+        "max_tokens": 1,
+        "model": Target.of(server.wait_until_ready()).model,
+    }
+    async with streaming(server, tmp_path / "lags") as site:
+        requests = [site.target.post("/chat/completions", {**body, "response_format": f}) for f in formats]
+
+        async def ask_all() -> None:
+            replies = await asyncio.gather(*(ask(site.target.port, request) for request in requests))
+            assert {reply.status for reply in replies} == {200}, [reply.body for reply in replies]
+
+        began = time.monotonic()
+        watch = await site.watch(ask_all())
+        seconds = time.monotonic() - began
+    figure = f"{seconds:.1f} s for all; longest gap between two tokens {max(watch.gaps) * 1e3:.0f} ms"
+    print(f"\n{watch}; {figure}")
+    assert max(watch.gaps) <= MOST_GAP, figure
+    done = f"schemas of 1,000 and 2,000 fields, beside {NUM_STREAMS} streams"
+    record("R12", done, len(formats), 0, figure)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,9 @@ import httpx2
 import pytest
 
 from reliability.figures import record
-from reliability.live import checkpoint
+from reliability.live import FAULT_SWITCH, checkpoint
+from server_process import ServerProcess
+from toptwo.engine.watchdog import WATCHFUL
 
 # Of processor time: what a person waits for on a machine that is not busy otherwise. What is wrong with
 # weights is found by the engine process, which imports torch first: 3 to 4 s more.
@@ -155,6 +158,24 @@ def test_a_full_disk(tmp_path: Path) -> None:
     full = tmp_path / "full"
     arguments = [str(checkpoint()), "--cache-dir", str(full)]
     check_refused("disk is full", (1, str(full)), arguments, full=full)
+
+
+@pytest.mark.timeout(300)
+def test_an_engine_that_hangs_while_it_loads(tmp_path: Path) -> None:
+    switched = {"PYTHONPATH": str(FAULT_SWITCH), "FAULTS": "stall@3"}
+    began = time.monotonic()
+    server = ServerProcess(tmp_path, [str(checkpoint())], switched)
+    try:
+        status = server.process.wait(240)
+    finally:
+        server.kill()
+    seconds = time.monotonic() - began
+    said = f"has neither answered nor computed for {WATCHFUL.load_still_seconds:g} s while it loaded"
+    assert server.err.splitlines()[-1] == f"toptwo: the engine was killed: it {said}"
+    assert status == 1
+    assert "Try it" not in server.out
+    assert seconds < WATCHFUL.load_still_seconds + 60
+    record("R16", "engine hangs at its third weight", 1, 0, f"status {status} after {seconds:.0f} s")
 
 
 FILL = 'mount -t tmpfs -o size=4k none "$0" && dd if=/dev/zero of="$0/all" bs=4k status=none; exec "$@"'

@@ -34,7 +34,7 @@ def mixed(dice: random.Random, number: int, length: int, max_tokens: int) -> Gen
         logit_bias=dice.choice([{}, {65: 2.0}]),
     )
     end = [257]  # <|im_end|> would do as well as any token that comes now and then
-    grammar = dice.choice([None, None, *(Grammar(text, end) for text in GRAMMARS)])
+    grammar = dice.choice([None, None, *(Grammar(text, tuple(end)) for text in GRAMMARS)])
     logprobs = LogprobsWanted(output=dice.choice([None, 3]), prompt=dice.choice([None, None, None, 2]))
     prompt = [dice.randrange(NUM_TOKENS) for _ in range(length)]
     name = f"r{number}"

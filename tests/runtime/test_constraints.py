@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import tokenizers
 import schedules
 from schedules import Run
 from tiny import write_chat_mixtral
-from toptwo.messages import GenerateRequest, Grammar
+from toptwo.messages import GenerateRequest, Grammar, NewSequence, SamplingParams
+from toptwo.runtime.constraints import GrammarStates
+from toptwo.text.grammar import json_schema_grammar
 from toptwo_kernels.registry import BACKENDS
 
 SCHEMA = {
@@ -50,7 +53,7 @@ def request(name: str = "it", seed: int = 1, max_tokens: int = 60, **sampling: A
 
 def with_grammar(source: str, end: int, *, seed: int = 1, name: str = "it") -> GenerateRequest:
     return msgspec.structs.replace(
-        request(name, seed, temperature=1.0), grammar=Grammar(source, [end]), stop_token_ids=[end]
+        request(name, seed, temperature=1.0), grammar=Grammar(source, (end,)), stop_token_ids=[end]
     )
 
 
@@ -129,3 +132,63 @@ def test_a_grammar_that_fails_ends_its_own_answer_only(checkpoint: Path, end: in
     got = run(checkpoint, broken, request("other", seed=2))
     assert got.ends["it"] == "error"
     assert got.tokens["other"] == run(checkpoint, request("other", seed=2)).tokens["other"]
+
+
+def wait_until_prepared(states: GrammarStates, grammar: Grammar) -> float:
+    """The longest that this thread was kept from looking, in seconds."""
+    longest, before = 0.0, time.perf_counter()
+    while not states.prepare(grammar):
+        time.sleep(0.001)
+        longest, before = max(longest, time.perf_counter() - before), time.perf_counter()
+    return longest
+
+
+def admit(states: GrammarStates, slot: int, grammar: Grammar) -> float:
+    """How many seconds it takes."""
+    began = time.perf_counter()
+    states.admit(NewSequence(slot, [1, 2], 2, SamplingParams(seed=0), [], grammar=grammar))
+    return time.perf_counter() - began
+
+
+def test_a_large_grammar_is_compiled_beside_the_steps(checkpoint: Path, end: int) -> None:
+    date = {"type": "string", "format": "date-time"}
+    fields = {f"field_{number}": date for number in range(2000)}
+    schema = {"type": "object", "properties": fields, "additionalProperties": False}
+    large = Grammar(json_schema_grammar(schema), (end,))
+    in_place = GrammarStates(checkpoint, schedules.VOCAB)
+    compiling = admit(in_place, 0, large)
+    states = GrammarStates(checkpoint, schedules.VOCAB)
+    states.load_vocabulary([end])
+    assert not states.prepare(large)
+    kept_waiting = wait_until_prepared(states, large)
+    admitting = admit(states, 0, large)
+    print(f"{compiling * 1e3:.0f} ms; beside: {kept_waiting * 1e3:.1f} and {admitting * 1e3:.1f} ms")
+    assert kept_waiting < compiling / 4
+    assert admitting < compiling / 10
+    assert states.allowed(0).equal(in_place.allowed(0))
+
+
+def test_sequences_of_one_grammar_are_apart(
+    checkpoint: Path, vocabulary: tokenizers.Tokenizer, end: int
+) -> None:
+    states = GrammarStates(checkpoint, schedules.VOCAB)
+    grammar = Grammar(llguidance.LLMatcher.grammar_from_regex("[ab]c"), (end,))
+    wait_until_prepared(states, grammar)
+    a, c = (int(vocabulary.token_to_id(letter)) for letter in "ac")
+    admit(states, 0, grammar)
+    states.advance(0, a)
+    admit(states, 1, grammar)
+    assert states.allowed(0).nonzero().flatten().tolist() == [c]
+    assert states.allowed(1).nonzero().flatten().tolist() == [a, a + 1]
+
+
+def test_few_compiled_grammars_are_kept(checkpoint: Path, end: int) -> None:
+    states = GrammarStates(checkpoint, schedules.VOCAB)
+    grammars = [
+        Grammar(llguidance.LLMatcher.grammar_from_regex(f"a{{{number}}}"), (end,)) for number in range(1, 40)
+    ]
+    for grammar in grammars:
+        wait_until_prepared(states, grammar)
+    assert len(states._compiled) < 10
+    assert states.prepare(grammars[-1])
+    assert not states.prepare(grammars[0])

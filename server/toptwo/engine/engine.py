@@ -8,6 +8,8 @@ the KV cache can no longer be trusted, and whoever started it starts it anew.
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -32,12 +34,18 @@ from toptwo.messages import (
 
 log = structlog.get_logger()
 
+_PREPARING_SECONDS = 0.002  # between two looks at what is being prepared, where there is nothing else to do
+
 
 class Runner(Protocol):
     """The runtime's side of waist 2."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step; blocks until it is done."""
+    @property
+    def overlaps(self) -> bool:
+        """Whether a launched step runs by itself, so that the next one is better launched at once."""
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Begin a step; what is returned waits for its result. Results are taken in the order of steps."""
 
     def expert_tokens(self) -> dict[int, list[int]]:
         """By layer, how many tokens came to each expert so far."""
@@ -59,12 +67,13 @@ class Engine:
         self._socket = socket
         self._info = info
         self._origins: dict[str, _Origin] = {}
+        self._launched: deque[Callable[[], StepResult]] = deque()
         self._step_seconds = Histogram.over(SECONDS)
 
     def run(self) -> None:
         """Loop for ever. Raises what a step raised, after every request was told."""
         while True:
-            self.receive(block=not self._scheduler.has_work)
+            self.receive(block=not self._scheduler.has_work and not self._launched)
             self.step()
 
     def receive(self, *, block: bool) -> None:
@@ -74,15 +83,19 @@ class Engine:
             block = False
 
     def step(self) -> None:
-        """Plan, run and report one step, if there is anything to run."""
+        """Plan and launch a step, if there is anything to run, and report the one whose result is due."""
         try:
             self._expire()
+            began = time.perf_counter()
             plan = self._scheduler.plan()
             if plan:
-                began = time.perf_counter()
-                result = self._runner.execute(plan)
+                self._launched.append(self._runner.launch(plan))
+            if len(self._launched) > (1 if plan and self._runner.overlaps else 0):
+                result = self._launched.popleft()()
                 self._step_seconds.add(time.perf_counter() - began)
                 self._send(self._scheduler.apply(result))
+            elif not plan and self._scheduler.has_work:
+                time.sleep(_PREPARING_SECONDS)
         except Exception:
             log.error("step failed", requests=sorted({origin.log_name for origin in self._origins.values()}))
             self._send(self._scheduler.fail_all("the engine failed while it computed this request"))

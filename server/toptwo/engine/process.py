@@ -54,6 +54,24 @@ def read_explanation(socket_path: Path) -> str | None:
     return reason
 
 
+def report_progress(socket_path: Path, done: int, total: int) -> None:
+    """Tell the supervisor how far the loading is: who tells nothing for long is taken for hung."""
+    progress_path(socket_path).write_text(f"{done}/{total}")
+
+
+def read_progress(socket_path: Path) -> str | None:
+    """The supervisor's side of `report_progress`; None when nothing was reported."""
+    try:
+        return progress_path(socket_path).read_text()
+    except FileNotFoundError:
+        return None
+
+
+def progress_path(socket_path: Path) -> Path:
+    """Where a process that loads notes how far it is."""
+    return socket_path.with_suffix(".progress")
+
+
 def _explanation_path(socket_path: Path) -> Path:
     return socket_path.with_suffix(".failure")
 

@@ -13,7 +13,9 @@ class Sequence:
     """Tokens known so far, and how far the model has computed them.
 
     token_ids: the prompt and what was generated.
-    num_computed: tokens whose KV is in `block_ids`; the rest is what is left to run.
+    num_computed: tokens whose KV is in `block_ids`, or will be when all planned steps have run; the rest is
+        what is left to run.
+    num_pending: tokens that steps draw which have no result yet.
     arrived: when the request came, by the scheduler's clock.
     num_cached: prompt tokens that the prefix cache gave at the first admission; None before it.
     queue_seconds: how long it waited for that.
@@ -25,6 +27,7 @@ class Sequence:
     arrived: float = 0.0
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
+    num_pending: int = 0
     num_cached: int | None = None
     queue_seconds: float = 0.0
     block_ids: list[int] = field(default_factory=list)
@@ -50,7 +53,22 @@ class Sequence:
     @property
     def num_left(self) -> int:
         """Tokens still to compute; 1 while decoding, more in a prompt or after a preemption."""
-        return self.num_tokens - self.num_computed
+        return self.num_tokens + self.num_pending - self.num_computed
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether a row may be planned: not behind a token that is not known yet and ends the sequence for
+        certain, or that has to be known on the way to the next one."""
+        if not self.num_pending:
+            return True
+        sampling = self.request.sampling
+        needs_token = (
+            self.request.grammar is not None
+            or sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+            or sampling.repetition_penalty != 1
+        )
+        return not needs_token and self.num_generated + self.num_pending < self.request.max_tokens
 
     def block_hashes(self, count: int, block_size: int) -> list[bytes]:
         """Chained hashes of the first `count` full blocks."""

@@ -6,6 +6,11 @@ chunked prefill, a prefix-cache hit, decoding and resuming after a preemption ar
 first served. When blocks run out, the youngest running sequence gives up its blocks and waits at the
 head of the queue to be recomputed. The oldest one is never preempted, so everything that was begun
 finishes. Who has waited too long without having been begun is told so, and nothing is computed for it.
+
+A step may be planned while the one before it still runs: what that computes counts as computed, and a token
+that it draws as one to go on from, whose value the runtime knows in time. If it ends its sequence, the row
+planned behind it was for nothing, and its result is dropped.
+A sequence whose grammar is still being compiled lets others go first.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from toptwo.engine.blocks import BlockPool
 from toptwo.engine.request import Sequence
 from toptwo.messages import (
     GenerateRequest,
+    Grammar,
     NewSequence,
     Row,
     StepPlan,
@@ -48,16 +54,22 @@ class Scheduler:
     """Turns requests into step plans, and step results into token events.
 
     clock: seconds that only ever grow.
+    prepare: whether a sequence with the grammar can be begun now; asking sees to it that it can be soon.
     """
 
     def __init__(
-        self, limits: SchedulerLimits, blocks: BlockPool, clock: Callable[[], float] = time.monotonic
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockPool,
+        clock: Callable[[], float] = time.monotonic,
+        prepare: Callable[[Grammar], bool] = lambda grammar: True,
     ) -> None:
         if blocks.num_blocks < blocks.blocks_for(limits.max_model_len):
             raise ValueError("the block pool cannot hold one sequence of max_model_len tokens")
         self.limits = limits
         self.blocks = blocks
         self._clock = clock
+        self._prepare = prepare
         self.num_preemptions = 0
         self.num_prompt_tokens = self.num_generated_tokens = 0  # of prompts answered, and generated
         self.num_prefix_queries = self.num_prefix_hits = 0  # prompt tokens
@@ -66,6 +78,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._free_slots = list(range(limits.max_num_seqs))
         self._planned: list[tuple[Sequence, Row]] = []
+        self._steps: deque[tuple[int, list[tuple[Sequence, Row]]]] = deque()  # planned, and not answered yet
         self._step = 0
 
     @property
@@ -116,7 +129,10 @@ class Scheduler:
         return [self._fail(sequence, error) for sequence in list(self._sequences.values())]
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None when there is nothing to run. Answer it with `apply`."""
+        """The next step, or None when there is nothing to run. Answer it with `apply`, in the order of plans.
+
+        Asked for again before that, it plans what can run behind the step whose result is not known yet.
+        """
         self._planned = []
         preemptions = self.num_preemptions
         budget = self._plan_running(self.limits.max_step_tokens)
@@ -126,29 +142,30 @@ class Scheduler:
         if not self._planned:
             return None
         self._step += 1
+        self._steps.append((self._step, self._planned))
         return StepPlan(self._step, admitted, [row for _, row in self._planned])
 
     def apply(self, result: StepResult) -> list[TokenEvent]:
-        """Take in the tokens of the last planned step; one event per row that sampled."""
-        if result.step != self._step:
-            raise ValueError(f"the result of step {result.step} came for step {self._step}")
+        """Take in the tokens of the oldest step without a result; one event per row that sampled."""
+        step, planned = self._steps.popleft()
+        if result.step != step:
+            raise ValueError(f"the result of step {result.step} came for step {step}")
         events = []
-        for index, ((sequence, row), token) in enumerate(zip(self._planned, result.token_ids, strict=True)):
+        for index, ((sequence, row), token) in enumerate(zip(planned, result.token_ids, strict=True)):
             if self._sequences.get(sequence.request.request_id) is not sequence:
-                continue  # aborted while the step ran
+                continue  # it ended while the step ran
             if row.sample and token < 0:
                 # Before its blocks are registered: nobody else is to inherit this KV.
                 events.append(self._fail(sequence, "the model gave no valid next token"))
                 continue
-            sequence.num_computed += row.num_tokens
             self._register_blocks(sequence, row)
             # A preempted prompt is scored anew: what is known already is skipped.
             sequence.scores += result.scores.get(index, [])[max(0, len(sequence.scores) - row.start) :]
             if row.sample:
+                sequence.num_pending -= 1
                 sequence.token_ids.append(token)
                 logprobs = [result.logprobs[index]] if index in result.logprobs else []
                 events.append(self._conclude(sequence, token, logprobs))
-        self._planned = []
         return events
 
     def _problem_of(self, request: GenerateRequest) -> str | None:
@@ -174,6 +191,9 @@ class Scheduler:
         position = 0
         while position < len(self._running) and budget > 0:
             sequence = self._running[position]
+            if not sequence.can_go_on:
+                position += 1
+                continue
             count = min(sequence.num_left, budget)
             missing = self.blocks.blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
             if missing > self.blocks.num_free:
@@ -188,8 +208,13 @@ class Scheduler:
     def _plan_waiting(self, budget: int) -> list[NewSequence]:
         """Admit waiting sequences while slots, blocks and budget last."""
         admitted = []
-        while self._waiting and self._free_slots and budget > 0:
-            sequence = self._waiting[0]
+        for sequence in list(self._waiting):
+            if not self._free_slots or budget <= 0:
+                break
+            grammar = sequence.request.grammar
+            is_ready = grammar is None or self._prepare(grammar)
+            if sequence.num_pending or not is_ready:  # preempted while it drew a token: that comes first
+                continue
             cached = self._find_cached(sequence)
             # All known tokens get their blocks now, so that a prompt, once begun, can finish; and
             # one block per running sequence stays free, or growth would evict the newcomer at once.
@@ -197,7 +222,8 @@ class Scheduler:
             available = self.blocks.num_free - self.blocks.count_free(cached)
             if missing + len(self._running) > available:
                 break
-            admitted.append(self._admit(self._waiting.popleft(), cached))
+            self._waiting.remove(sequence)
+            admitted.append(self._admit(sequence, cached))
             count = min(sequence.num_left, budget)
             self._plan_row(sequence, count, self._extend(sequence, missing))
             budget -= count
@@ -245,12 +271,14 @@ class Scheduler:
         score = in_prompt and sequence.request.logprobs.prompt is not None
         row = Row(sequence.slot, sequence.num_computed, count, new_blocks, sample, score)
         self._planned.append((sequence, row))
+        sequence.num_computed += count
+        sequence.num_pending += sample
 
     def _register_blocks(self, sequence: Sequence, row: Row) -> None:
-        """Offer the blocks that the row has filled to the prefix cache."""
+        """Offer the blocks that the row has filled to the prefix cache, unless they were given up since."""
         size = self.blocks.block_size
-        filled = range(row.start // size, sequence.num_computed // size)
-        if not self.limits.prefix_caching or not filled:
+        filled = range(row.start // size, (row.start + row.num_tokens) // size)
+        if not self.limits.prefix_caching or not filled or sequence.slot is None:
             return
         hashes = sequence.block_hashes(filled.stop, size)
         for index in filled:

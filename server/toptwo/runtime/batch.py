@@ -15,6 +15,18 @@ from toptwo.messages import LogprobsWanted, NewSequence, Row, SamplingParams, St
 from toptwo_kernels.ops import StepBatch
 
 
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """A token that was drawn for a slot: tokens_R[at], which may still be on its way to the host.
+
+    admission: which of the sequences that had the slot it is for.
+    """
+
+    admission: int
+    tokens_R: torch.Tensor
+    at: int
+
+
 class SlotTable:
     """State of the sequences that hold a slot, as arrays over slots."""
 
@@ -27,6 +39,8 @@ class SlotTable:
         self.sampling: list[SamplingParams] = [SamplingParams(seed=0)] * num_slots
         self.stop_token_ids: list[list[int]] = [[]] * num_slots
         self.logprobs: list[LogprobsWanted] = [LogprobsWanted()] * num_slots
+        self.draws: list[Draw | None] = [None] * num_slots  # the last one, until the host knows its token
+        self._admissions = [0] * num_slots
 
     def admit(self, new: NewSequence) -> None:
         """Fill a slot; whatever it held before is gone."""
@@ -37,6 +51,19 @@ class SlotTable:
         self.sampling[new.slot] = new.sampling
         self.stop_token_ids[new.slot] = new.stop_token_ids
         self.logprobs[new.slot] = new.logprobs
+        self.draws[new.slot] = None
+        self._admissions[new.slot] += 1
+
+    def begin_draw(self, slot: int, tokens_R: torch.Tensor, at: int) -> Draw:
+        """The slot's next token is `tokens_R[at]`."""
+        draw = self.draws[slot] = Draw(self._admissions[slot], tokens_R, at)
+        return draw
+
+    def end_draw(self, slot: int, draw: Draw) -> bool:
+        """The host knows the token now. Whether the slot is still that of the sequence that it is for."""
+        if self.draws[slot] is draw:
+            self.draws[slot] = None
+        return draw.admission == self._admissions[slot]
 
     def append_blocks(self, slot: int, block_ids: list[int]) -> None:
         count = self.num_blocks[slot]
@@ -87,8 +114,13 @@ def build_batch(plan: StepPlan, table: SlotTable) -> Batch:
     selections = _select(plan.rows)
     # The last `count` tokens of each selected row.
     selected = [np.arange(query_starts[s.index + 1] - s.count, query_starts[s.index + 1]) for s in selections]
+    ids = table.tokens[slot_of_token, positions]
+    drawn_R = None
+    for first, slot in zip(query_starts, slot_of_row, strict=False):
+        if draw := table.draws[slot]:
+            ids[first], drawn_R = -1 - draw.at, draw.tokens_R
     tokens = StepBatch(
-        ids_T=torch.from_numpy(table.tokens[slot_of_token, positions]),
+        ids_T=torch.from_numpy(ids),
         positions_T=torch.from_numpy(positions),
         slots_T=torch.from_numpy(cache_slots),
         query_starts_R1=torch.from_numpy(query_starts),
@@ -96,6 +128,7 @@ def build_batch(plan: StepPlan, table: SlotTable) -> Batch:
         block_tables_RB=torch.from_numpy(table.blocks[slot_of_row, :widest]),
         block_size=table.block_size,
         selected_S=torch.from_numpy(np.concatenate(selected) if selected else np.zeros(0, np.int64)),
+        drawn_R=drawn_R,
     )
     return Batch(tokens, selections)
 

@@ -6,6 +6,8 @@ is the same whichever requests share the step, and after a preemption.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,11 +17,13 @@ from toptwo.runtime.batch import SlotTable
 from toptwo.runtime.constraints import GrammarStates
 from toptwo_kernels.ops import Ops, SamplingBatch
 
+_DRAWS_AT_ONCE = 64  # positions
+
 
 def sample_rows(
     logits_RV: Tensor, rows: list[Row], table: SlotTable, ops: Ops, grammars: GrammarStates | None = None
-) -> list[int]:
-    """The next token of every row, whose logits are given in the same order; they are left as they are."""
+) -> Tensor:
+    """The next token [R] of every row, whose logits are given in the same order and are left as they are."""
     params = [table.sampling[row.slot] for row in rows]
     ends = [row.start + row.num_tokens for row in rows]
     logits_RV = _restrict(logits_RV, rows, table, grammars)
@@ -37,14 +41,23 @@ def sample_rows(
         generated_tokens=[_tokens(table, rows[i].slot, ends[i], prompt=False) for i in penalized],
         context_tokens=[_tokens(table, rows[i].slot, ends[i], prompt=True) for i in penalized],
     )
-    ids: list[int] = ops.sample(logits_RV, batch).tolist()
-    return ids
+    return ops.sample(logits_RV, batch)
 
 
 def draw_uniform(seed: int, position: int) -> float:
     """The uniform in [0, 1) for the token at `position`: Philox4x64-10 (Salmon et al., SC'11)."""
-    generator = np.random.Philox(key=seed & (2**64 - 1), counter=position)
-    return float(np.random.Generator(generator).random())
+    first, index = divmod(position, _DRAWS_AT_ONCE)
+    return _draw_uniforms(seed, first * _DRAWS_AT_ONCE)[index]
+
+
+@lru_cache(maxsize=4096)
+def _draw_uniforms(seed: int, start: int) -> list[float]:
+    """Those of the positions from `start` on: making a generator costs more than many draws."""
+    generator = np.random.Philox(key=seed & (2**64 - 1), counter=start)
+    # A position's number is the first of the four that its counter gives; its upper 53 bits become a double.
+    words = generator.random_raw(4 * _DRAWS_AT_ONCE)[::4]
+    uniforms: list[float] = ((words >> np.uint64(11)) * 2.0**-53).tolist()
+    return uniforms
 
 
 def _restrict(logits_RV: Tensor, rows: list[Row], table: SlotTable, grammars: GrammarStates | None) -> Tensor:
@@ -61,7 +74,8 @@ def _restrict(logits_RV: Tensor, rows: list[Row], table: SlotTable, grammars: Gr
             changed = logits_RV.float().clone()
         logits_V = changed[index]
         if params.logit_bias:
-            logits_V[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()))
+            bias = torch.tensor(list(params.logit_bias.values()), device=logits_V.device)
+            logits_V[list(params.logit_bias)] += bias
         if too_early:
             logits_V[too_early] = -torch.inf
         if grammars is not None and has_grammar:
