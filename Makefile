@@ -4,6 +4,7 @@
 #   make serve MODEL=path PORT=9000 ARGS="--threads 2"
 #   make test                        all tests
 #   make test-native                 the native kernels under AddressSanitizer and UBSan
+#   make test-cuda-interpreted       the CUDA backend's kernels on the processor, in Triton's interpreter
 #   make test-clients                other people's clients, each in an environment of its own
 #   make test-reliability            the promises that take minutes to test, and a table of what was measured
 #   make soak                        twenty minutes of random faults on two replicas behind HAProxy
@@ -32,6 +33,10 @@ PIP := $(PIN) PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 SANITIZED := $(foreach part,products attention route sampling team,tests/kernels/test_native_$(part).py) \
 	tests/kernels/test_native_invariance.py::test_a_recorded_step_is_the_eager_one -k "not 49152"
 
+# Tests that a busy machine would fail.
+ALONE := $(addprefix tests/,api bench_command e2e engine security telemetry text test_faultproxy.py \
+	runtime/test_constraints.py default_model/test_preparation.py)
+
 # Not ?=, which would take them from the environment, where HOST is often something else.
 MODEL =
 HOST =
@@ -39,15 +44,20 @@ PORT =
 ARGS =
 
 .DELETE_ON_ERROR:
-.PHONY: serve test test-native test-clients test-reliability soak parity lint format bench bench-step bench-ops \
-	bench-start bench-streams bench-peers lock sbom clean help
+.PHONY: serve test test-native test-cuda-interpreted test-clients test-reliability soak parity lint format bench \
+	bench-step bench-ops bench-start bench-streams bench-peers lock sbom clean help
 
 serve: $(VENV)/installed
 	@$(BIN)/toptwo serve $(if $(MODEL),"$(MODEL)") $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
 
-# One at a time: some judge by the clock. ARGS="--numprocesses logical --dist loadfile" is quicker for a first look.
+# One at a time what the clock judges, or what starts servers; all else on every core.
 test: $(VENV)/installed-dev
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile $(addprefix --ignore=,$(ALONE))
+	$(BIN)/python -m pytest $(ALONE)
+endif
 
 # The interpreter is not sanitized, so the sanitizer's library must come first, and that of C++ right after
 # it, or it would miss how exceptions are thrown. Python keeps memory to its end: no search for leaks.
@@ -58,6 +68,9 @@ test-native: $(VENV)/installed-native
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		$(BIN)/python -m pytest --native build/sanitize/_native*.so $(SANITIZED) $(ARGS)
+
+test-cuda-interpreted: $(VENV)/installed-triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/cuda $(ARGS)
 
 test-clients: $(VENV)/installed-dev
 	$(BIN)/python tests/clients/run.py $(ARGS)
@@ -138,4 +151,8 @@ $(TOOLS)/installed: constraints.txt
 
 $(VENV)/installed-native: $(VENV)/installed-dev
 	$(PIP) install cmake ninja nanobind
+	@touch $@
+
+$(VENV)/installed-triton: $(VENV)/installed-dev
+	$(PIP) install triton
 	@touch $@

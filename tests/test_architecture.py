@@ -148,7 +148,14 @@ def test_the_environment_is_read_in_one_place(path: Path) -> None:
 
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 6
-RECEIVERS = ("self", "cls", "tape")  # bound before anybody calls; the native ops are bound to their tape
+RECEIVERS = ("self", "cls", "tape", "device")  # bound before anybody calls, as the ops to a tape or a device
+
+
+def is_gpu_program(node: ast.AST) -> bool:
+    """What Triton compiles: it can be given no structs, and calls cannot always divide it."""
+    if not isinstance(node, ast.FunctionDef):
+        return False
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -158,7 +165,7 @@ def test_rooms_stay_small_and_say_what_they_are(path: Path) -> None:
     assert ast.get_docstring(tree) or not text.strip(), "a module says what it knows"
     assert text.count("\n") <= MAX_FILE_LINES
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_gpu_program(node):
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
             given = [argument.arg for argument in node.args.args + node.args.kwonlyargs]

@@ -20,7 +20,8 @@ ENV_PREFIX = "TOPTWO_"
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantization = Literal["auto", "none", "int8", "int4"]
+Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
+KVDtype = Literal["auto", "fp8"]
 Backend = Literal["auto", "cpu", "reference"]
 MetricsAccess = Literal["key", "open", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -47,14 +48,20 @@ class Settings(BaseSettings):
     chat_template: Path | None = Field(
         None, description="Jinja file that replaces the model's chat template, or gives it one."
     )
-    device: Device = Field("auto", description="Where the model runs.")
+    device: Device = Field("auto", description="Where the model runs; auto is a GPU where there is one.")
     dtype: Dtype = Field(
         "auto",
-        description="Number format of weights and KV cache; auto is float32, and float16 for the KV cache "
-        "of a quantised model.",
+        description="Number format of weights and KV cache; auto is float32, with float16 for the KV cache "
+        "of a quantised model, and bfloat16 on a GPU.",
     )
     quantization: Quantization = Field(
-        "auto", description="Weight format; auto is int8, or none where a dtype is asked for."
+        "auto", description="Weight format; auto is int8, or none on a GPU or where a dtype is asked for."
+    )
+    kv_dtype: KVDtype = Field("auto", description="Number format of the KV cache; fp8 halves it on a GPU.")
+    random_weights: bool = Field(
+        False,
+        description="Make up the weights instead of reading them, to measure a machine with a model's shape; "
+        "what such a model says means nothing.",
     )
     backend: Backend = Field(
         "auto", description="Kernels: auto is the native ones where they were built, else the reference."
@@ -142,8 +149,6 @@ def check_supported(settings: Settings) -> None:
 
     Raises StartupError that names the setting.
     """
-    if settings.device == "cuda":
-        raise StartupError("--device cuda: this version runs on CPUs only; use --device cpu or auto")
     if settings.max_step_tokens < settings.max_num_seqs:
         raise StartupError(
             f"--max-step-tokens {settings.max_step_tokens} must be at least "

@@ -20,6 +20,7 @@ from tiny import FAMILIES, write_mixtral
 from toptwo import cli
 from toptwo.model_commands import inspect_machine
 from toptwo.model_commands.inspect import InspectOptions, inspect
+from toptwo_kernels.cuda import support
 
 GIB = 1 << 30
 
@@ -190,6 +191,8 @@ def test_what_fits_is_what_serve_would_do(tmp_path: Path, monkeypatch: pytest.Mo
     directory = write_config(tmp_path, MIXTRAL_8X7B)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (200 * GIB, 200 * GIB))
+    monkeypatch.setattr(support, "problem", lambda: "")
+    monkeypatch.setenv("TOPTWO_DEVICE", "cpu")
     monkeypatch.setattr(inspect_machine, "available_memory", lambda: 52 * GIB)
     report = report_of(directory)
     assert report["machine"]["vram_bytes"] == 200 * GIB
@@ -214,6 +217,10 @@ def test_what_fits_is_what_serve_would_do(tmp_path: Path, monkeypatch: pytest.Mo
     assert "the weights need 46.2 GiB as int8 and 8.0 GiB of memory are available" in report["serve_problem"]
     assert "cannot: the weights need 46.2 GiB as int8" in " ".join(text_of(directory).split())
     assert "does not fit" in text_of(directory)
+    monkeypatch.setenv("TOPTWO_DEVICE", "auto")
+    serve = report_of(directory)["serve"]
+    assert (serve["device"], serve["quantization"], serve["dtype"]) == ("cuda", "none", "bfloat16")
+    assert serve["context_tokens"] == 32768
 
 
 def test_settings_in_the_environment_count_for_serve_alone(
@@ -253,7 +260,7 @@ SCHEMA: dict[str, Any] = {
         *("read_bandwidth_bytes_per_second", "bandwidth_is_measured"),
     },
     "serve": {
-        *("quantization", "dtype", "kv_dtype", "backend"),
+        *("device", "quantization", "dtype", "kv_dtype", "backend"),
         *("context_tokens", "weight_bytes", "kv_cache_bytes"),
     },
     "serve_problem": type(None),
@@ -288,6 +295,7 @@ def test_json_is_all_that_is_printed_and_keeps_its_keys(
 def test_a_person_reads_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vram: int | None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: vram is not None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (vram, 80 * GIB))
+    monkeypatch.setattr(support, "problem", lambda: "no kernel is run here")
     shown = text_of(write_config(tmp_path / "V2 [Lite]", DEEPSEEK_V2_LITE), context=100)
     assert "\x1b" not in shown
     lines = shown.splitlines()

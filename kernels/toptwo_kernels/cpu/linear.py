@@ -17,6 +17,8 @@ def packed_rows(rows: int, paired: bool) -> int:
 
 def pack(tape: Tape, weight_EOI: Tensor, weight_format: WeightFormat, *, paired: bool = False) -> Matrix:
     """See `ops.Ops.pack`."""
+    if weight_format not in FORMATS:
+        raise ValueError(f"the CPU backend has no weights in {weight_format}, only in {', '.join(FORMATS)}")
     stack = weight_EOI if weight_EOI.dim() == 3 else weight_EOI.unsqueeze(0)
     count, rows, cols = stack.shape
     if paired and rows % 2:

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from toptwo_kernels.ops import QUANTIZED, Matrix, WeightFormat
-from toptwo_kernels.reference.quantization import dequantize, quantize_rows, quantize_weight
+from toptwo_kernels.reference.quantization import (
+    dequantize,
+    dequantize_fp8,
+    quantize_fp8,
+    quantize_rows,
+    quantize_weight,
+)
 
 
 def pack(weight_EOI: Tensor, weight_format: WeightFormat, *, paired: bool = False) -> Matrix:
@@ -14,6 +20,9 @@ def pack(weight_EOI: Tensor, weight_format: WeightFormat, *, paired: bool = Fals
     data = weight_EOI if weight_EOI.dim() == 3 else weight_EOI.unsqueeze(0)
     if weight_format in QUANTIZED:
         data = dequantize(quantize_weight(data.float(), weight_format))
+    elif weight_format == "fp8":
+        halves = data.float().reshape(len(data) * (2 if paired else 1), -1, data.shape[-1])
+        data = dequantize_fp8(*quantize_fp8(halves)).view(data.shape)
     else:
         data = data.to(getattr(torch, weight_format))
     count, rows, cols = data.shape

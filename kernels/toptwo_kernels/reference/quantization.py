@@ -3,6 +3,8 @@
 int8: q * scale, q in [-127, 127]. int4: (q - zero / 16) * scale, q in [0, 15], zero in [0, 255]: a zero
 point in sixteenths of a step costs a byte per group and lets a group keep its own range. Scales are
 float16. Groups are 32 consecutive inputs of a row; a shorter last one is filled with zeros.
+fp8: e4m3 times a float32 scale, which blocks of 128 rows by 128 inputs share (arXiv 2412.19437); blocks at
+the end of rows or columns are smaller.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ CLIPS = (1.0, 0.94, 0.88, 0.82, 0.76)
 # before: the part of their grid that a group has is one of these, or every second, fourth or eighth point of
 # one, and comes back exactly.
 INT4_STEPS = range(14, 7, -1)
+FP8_BLOCK = 128  # rows and inputs that share a scale
+FP8_LARGEST = 448.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,29 @@ def _round_int4(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, 1 / scale, 0.0)
+
+
+def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [..., O, I] as float8_e4m3fn, and the scales of its blocks, as many as there are."""
+    rows, cols = weight.shape[-2:]
+    padded = torch.nn.functional.pad(weight, (0, -cols % FP8_BLOCK, 0, -rows % FP8_BLOCK))
+    down, across = padded.shape[-2] // FP8_BLOCK, padded.shape[-1] // FP8_BLOCK
+    blocks = padded.view(*weight.shape[:-2], down, FP8_BLOCK, across, FP8_BLOCK)
+    scale = blocks.abs().amax((-3, -1)) / FP8_LARGEST
+    # Rounding the scale can put the largest weight just beyond what the format holds.
+    scaled = (weight * _inverse(_spread(scale, rows, cols))).clamp(-FP8_LARGEST, FP8_LARGEST)
+    return scaled.to(torch.float8_e4m3fn), scale
+
+
+def dequantize_fp8(q: Tensor, scale: Tensor) -> Tensor:
+    """The float32 weight [..., O, I] that the rounded one stands for."""
+    return q.float() * _spread(scale, *q.shape[-2:])
+
+
+def _spread(scale: Tensor, rows: int, cols: int) -> Tensor:
+    """The scale of every weight [..., rows, cols]."""
+    by_row = scale.repeat_interleave(FP8_BLOCK, -2)[..., :rows, :]
+    return by_row.repeat_interleave(FP8_BLOCK, -1)[..., :cols]
 
 
 def quantize_rows(x_TI: Tensor, weights: WeightFormat) -> Tensor:

@@ -16,7 +16,7 @@ from toptwo.errors import StartupError
 from toptwo.model_commands.inspect_machine import Machine
 from toptwo.model_commands.inspect_shape import Shape, active_specs, measure_shape, read_specs
 from toptwo.model_commands.inspect_source import Headers, Stored
-from toptwo.runtime.device import RuntimeConfig, resolve
+from toptwo.runtime.device import RuntimeConfig, choose_device, resolve
 from toptwo.runtime.formats import count_bytes
 from toptwo.runtime.kv_cache import kv_bytes_per_token
 from toptwo.settings import Settings
@@ -28,7 +28,10 @@ FORMATS: dict[str, dict[str, object]] = {
     "int4": {"quantization": "int4", "dtype": "auto"},
 }
 # What a person may have set for another model or machine and is not asked about here.
-UNSET: dict[str, object] = {"backend": "auto", "max_model_len": None, "kv_cache_gib": None}
+UNSET: dict[str, object] = {
+    **{"device": "cpu", "backend": "auto", "kv_dtype": "auto"},
+    **{"max_model_len": None, "kv_cache_gib": None},
+}
 BOUNDLESS = 1 << 62
 CACHE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -58,6 +61,7 @@ class FormatCost:
 class Choice:
     """What `serve` would run with its present settings."""
 
+    device: str
     quantization: str
     dtype: str
     kv_dtype: str
@@ -89,7 +93,10 @@ def make_report(
     """context_tokens: for `Report.speed_context_tokens`."""
     serve, problem = None, None
     try:
-        serve = _choice(_resolve(settings, headers, machine.memory_bytes))
+        memory = machine.memory_bytes
+        if choose_device(settings) == "cuda" and machine.vram_bytes is not None:
+            memory = machine.vram_bytes
+        serve = _choice(_resolve(settings, headers, memory))
     except StartupError as error:
         problem = str(error)
     return Report(
@@ -115,6 +122,7 @@ def _resolve(settings: Settings, headers: Headers, memory: int) -> RuntimeConfig
 
 def _choice(config: RuntimeConfig) -> Choice:
     return Choice(
+        device=config.device,
         quantization=config.quantization,
         dtype=config.dtype,
         kv_dtype=str(config.kv_dtype).removeprefix("torch."),
@@ -136,11 +144,12 @@ def _format_cost(settings: Settings, headers: Headers, machine: Machine, context
     read = count_bytes(active, ideal.quantization, ideal.dtype)
     read += context_tokens * kv_bytes_per_token(headers.config, ideal.kv_dtype)
     bandwidth, vram = machine.read_bandwidth_bytes_per_second, machine.vram_bytes
+    on_gpu = settings.model_copy(update={"device": "cuda"})
     return FormatCost(
         weight_bytes=ideal.weight_bytes,
         read_bytes_per_token=read,
         max_context_tokens_in_memory=_max_context(settings, headers, machine.memory_bytes),
-        max_context_tokens_in_vram=None if vram is None else _max_context(settings, headers, vram),
+        max_context_tokens_in_vram=None if vram is None else _max_context(on_gpu, headers, vram),
         tokens_per_second=bandwidth / read if bandwidth else None,
     )
 

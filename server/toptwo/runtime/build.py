@@ -19,9 +19,11 @@ from toptwo.runtime.constraints import GrammarStates
 from toptwo.runtime.device import resolve
 from toptwo.runtime.graphs import Step, prepare_step
 from toptwo.runtime.kv_cache import allocate_kv_cache
+from toptwo.runtime.random_weights import make_weights
 from toptwo.runtime.runner import Runner
 from toptwo.runtime.weights import WeightSource, prepare_weights
 from toptwo.settings import Settings
+from toptwo_kernels.ops import KVCache
 from toptwo_kernels.registry import load_backend
 
 
@@ -32,6 +34,7 @@ class Runtime:
     runner: Runner
     model: CausalLM
     step: Step
+    kv_cache: list[KVCache]
     info: EngineInfo
 
 
@@ -50,11 +53,16 @@ def build_runtime(
     architecture, model_config = read_config(directory)
     specs = architecture.weight_map(model_config)
     config = resolve(settings, model_config, specs)
-    ops = load_backend(config.backend, config.num_threads, pinned=own_process)
+    tuning = settings.cache_dir / "tuning"
+    ops = load_backend(config.backend, config.num_threads, pinned=own_process, tuning_directory=tuning)
     ignored = architecture.ignored_tensors(model_config)
-    source = WeightSource(directory, model_config, specs, ignored, settings.cache_dir)
-    weights, weights_id = prepare_weights(source, config, ops, on_progress)
-    model = architecture.build(model_config, weights, config.max_model_len, ops)
+    if settings.random_weights:
+        weights, weights_id = make_weights(specs, config, ops, on_progress), "random"
+    else:
+        source = WeightSource(directory, model_config, specs, ignored, settings.cache_dir)
+        weights, weights_id = prepare_weights(source, config, ops, on_progress)
+    with config.torch_device:  # what the model makes itself: tables of angles, counts
+        model = architecture.build(model_config, weights, config.max_model_len, ops)
     kv_cache = allocate_kv_cache(model_config, config.num_blocks, config.kv_dtype, ops)
     with torch.inference_mode():
         step = prepare_step(model, kv_cache, ops, config.max_step_tokens)
@@ -81,5 +89,6 @@ def build_runtime(
         weights_id=weights_id,
     )
     grammars = GrammarStates(directory, model_config.vocab_size)
-    runner = Runner(step, table, ops, grammars, expert_counts(model.layers))
-    return Runtime(runner, model, step, info)
+    counts = expert_counts(model.layers)
+    runner = Runner(step, table, ops, grammars, counts, on_gpu=config.device == "cuda")
+    return Runtime(runner, model, step, kv_cache, info)

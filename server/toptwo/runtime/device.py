@@ -16,23 +16,27 @@ from toptwo.runtime.kv_cache import BLOCK_SIZE, kv_bytes_per_token
 from toptwo.runtime.memory import available_cpus, available_memory
 from toptwo.settings import Settings
 from toptwo_kernels import cpu
+from toptwo_kernels.cuda import support as cuda
 from toptwo_kernels.ops import HeadShape, KVShape, WeightFormat
 
 log = structlog.get_logger()
 
 GIB = 1 << 30
-# Share of the memory left after the weights that an automatic KV cache may take.
-KV_MEMORY_SHARE = 0.4
+# Share of the memory left after the weights that an automatic KV cache may take. A processor's memory is for
+# others as well; on a GPU the rest is for activations and graphs.
+KV_MEMORY_SHARE = {"cpu": 0.4, "cuda": 0.85}
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
     """Every choice made; nothing in it is `auto`. Sizes in tokens unless the name says otherwise.
 
+    torch_device: where tensors are; the processor also for a GPU's kernels when they are interpreted.
     dtype: of weights that are not quantised. kv_dtype: of the KV cache.
     """
 
     device: str
+    torch_device: torch.device
     dtype: WeightFormat
     kv_dtype: torch.dtype
     quantization: str
@@ -55,23 +59,24 @@ def resolve(
 
     Raises StartupError for what cannot fit.
     """
-    backend = choose_backend(settings, model)
+    device = choose_device(settings)
+    backend = "cuda" if device == "cuda" else choose_backend(settings, model)
     quantization = choose_quantization(settings, backend)
-    dtype = cast(WeightFormat, "float32" if settings.dtype == "auto" else settings.dtype)
-    # Half precision costs a quantised model nothing that its weights have not cost already.
-    half = settings.dtype == "auto" and quantization != "none"
-    kv_dtype = torch.float16 if half else getattr(torch, dtype)
+    dtype = _choose_dtype(settings, device)
+    kv_dtype = _choose_kv_dtype(settings, device, dtype, quantization)
     weight_bytes = count_bytes(specs, quantization, dtype)
-    available = available_memory() if memory is None else memory
+    available = _available_memory(_torch_device(device)) if memory is None else memory
     if weight_bytes > available:
         raise StartupError(
             f"the weights need {weight_bytes / GIB:.1f} GiB as "
             f"{dtype if quantization == 'none' else quantization} and "
             f"{available / GIB:.1f} GiB of memory are available"
         )
-    max_len, num_blocks = _plan_memory(settings, model, kv_dtype, available - weight_bytes)
+    share = KV_MEMORY_SHARE[device]
+    max_len, num_blocks = _plan_memory(settings, model, kv_dtype, available - weight_bytes, share)
     return RuntimeConfig(
-        device="cpu",
+        device=device,
+        torch_device=_torch_device(device),
         dtype=dtype,
         kv_dtype=kv_dtype,
         quantization=quantization,
@@ -86,6 +91,37 @@ def resolve(
         kv_cache_bytes=num_blocks * BLOCK_SIZE * kv_bytes_per_token(model, kv_dtype),
         prefix_caching=not settings.no_prefix_caching,
     )
+
+
+def choose_device(settings: Settings) -> str:
+    """A GPU where there is one that can be used, unless the settings say otherwise.
+
+    Raises StartupError when one is asked for that cannot be had, or with kernels that are not for it.
+    """
+    if settings.device == "cpu" or (settings.device == "auto" and settings.backend != "auto"):
+        return "cpu"
+    if settings.backend != "auto":
+        raise StartupError(f"--backend {settings.backend} cannot go with --device cuda: it is for processors")
+    problem = cuda.problem()
+    if settings.device == "cuda" and problem:
+        raise StartupError(f"--device cuda: {problem}")
+    return "cpu" if problem else "cuda"
+
+
+def _choose_dtype(settings: Settings, device: str) -> WeightFormat:
+    if settings.dtype == "auto":
+        return "bfloat16" if device == "cuda" else "float32"
+    return cast(WeightFormat, settings.dtype)
+
+
+def _choose_kv_dtype(settings: Settings, device: str, dtype: WeightFormat, quantization: str) -> torch.dtype:
+    if settings.kv_dtype == "fp8":
+        if device != "cuda":
+            raise StartupError("--kv-dtype fp8: only a GPU's kernels have it")
+        return torch.float8_e4m3fn
+    # Half precision costs a quantised model nothing that its weights have not cost already.
+    half = settings.dtype == "auto" and quantization != "none" and device == "cpu"
+    return torch.float16 if half else cast(torch.dtype, getattr(torch, dtype))
 
 
 def choose_backend(settings: Settings, model: ModelConfig) -> str:
@@ -115,23 +151,34 @@ def _problem_of(shape: KVShape) -> str:
 
 
 def choose_quantization(settings: Settings, backend: str) -> str:
-    """int8 on the native backend, unless a number format is asked for; the reference gains nothing by it."""
+    """int8 on the native backend, unless a number format is asked for; the reference gains nothing by it, and
+    a GPU has the memory for more."""
+    if settings.quantization == "fp8" and backend != "cuda":
+        raise StartupError("--quantization fp8: only a GPU's kernels have it; use int8")
     if settings.quantization != "auto":
         return settings.quantization
     return "int8" if backend == "cpu" and settings.dtype == "auto" else "none"
 
 
-def _plan_memory(settings: Settings, model: ModelConfig, dtype: torch.dtype, memory: int) -> tuple[int, int]:
+def _torch_device(device: str) -> torch.device:
+    return torch.device("cuda" if device == "cuda" and not cuda.is_interpreted() else "cpu")
+
+
+def _available_memory(device: torch.device) -> int:
+    """Bytes that can be had now where the model is to run."""
+    return int(torch.cuda.mem_get_info()[0]) if device.type == "cuda" else available_memory()
+
+
+def _plan_memory(
+    settings: Settings, model: ModelConfig, dtype: torch.dtype, memory: int, share: float
+) -> tuple[int, int]:
     """(max_model_len, num_blocks): at least one full-length sequence always fits."""
     longest = model.max_position
     wanted = settings.max_model_len or longest
     if wanted > longest:
         raise StartupError(f"--max-model-len {wanted} is over the model's {longest} positions")
     block_bytes = BLOCK_SIZE * kv_bytes_per_token(model, dtype)
-    if settings.kv_cache_gib is not None:
-        budget = int(settings.kv_cache_gib * GIB)
-    else:
-        budget = int(memory * KV_MEMORY_SHARE)
+    budget = int(memory * share if settings.kv_cache_gib is None else settings.kv_cache_gib * GIB)
     num_blocks = min(budget // block_bytes, settings.max_num_seqs * _blocks(wanted))
     if num_blocks * block_bytes > memory:
         raise StartupError(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import cast
 
 from toptwo.models.checkpoint import Role, WeightSpec
 from toptwo_kernels.ops import WeightFormat
 
-# Bits per weight; a group of 32 has a 2-byte scale and, in int4, a 1-byte zero point.
+# Bits per weight; a group of 32 has a 2-byte scale and, in int4, a 1-byte zero point, and a block of
+# 128 x 128 in fp8 a 4-byte scale.
 BITS: dict[WeightFormat, float] = {
     "float32": 32,
     "bfloat16": 16,
     "float16": 16,
     "int8": 8 + 16 / 32,
     "int4": 4 + 24 / 32,
+    "fp8": 8 + 32 / 128**2,
 }
 
 
@@ -24,7 +27,9 @@ def format_of(role: Role, quantization: str, dtype: WeightFormat) -> WeightForma
         return "float32"
     if quantization == "none":
         return dtype
-    return "int8" if role == "head" or quantization == "int8" else "int4"
+    if quantization == "int4":
+        return "int8" if role == "head" else "int4"
+    return cast(WeightFormat, quantization)
 
 
 def count_bytes(specs: Iterable[WeightSpec], quantization: str, dtype: WeightFormat) -> int:

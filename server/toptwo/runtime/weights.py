@@ -24,6 +24,8 @@ from toptwo_kernels.ops import Matrix, Ops
 
 Progress = Callable[[int, int], None]
 
+_SUMMED_AT_ONCE = 1 << 26  # bytes; each needs sixteen while it is summed up
+
 
 @dataclass(frozen=True)
 class WeightSource:
@@ -74,7 +76,7 @@ def _pack(
     def keep(spec: WeightSpec, tensor: Tensor) -> None:
         weight: Matrix | Tensor
         if spec.role == "vector":
-            weight = vectors[spec.name] = tensor.float()
+            weight = vectors[spec.name] = tensor.float().to(config.torch_device)
         else:
             weight_format = format_of(spec.role, config.quantization, config.dtype)
             weight = matrices[spec.name] = ops.pack(tensor, weight_format, paired=spec.role == "paired")
@@ -98,9 +100,21 @@ def _checksums(weights: Weights) -> dict[str, int]:
 
 
 def _checksum(tensor: Tensor) -> int:
+    if tensor.is_cuda:
+        return _sum_on_device(tensor)
     if cpu.instruction_sets():
         return cpu.checksum(tensor)
     return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+def _sum_on_device(tensor: Tensor) -> int:
+    """Every byte times an odd number that its place decides, modulo 2^64: as fast as the card reads."""
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    parts = torch.split(tensor.flatten().view(torch.uint8), _SUMMED_AT_ONCE)
+    for index, part in enumerate(parts):
+        places = torch.arange(len(part), device=tensor.device)
+        total += (part * (2 * places + 1)).sum() * (2 * index + 1)
+    return int(total)
 
 
 def _packed_path(source: WeightSource, quantization: str) -> Path:

@@ -1,0 +1,304 @@
+"""The experts themselves: two products of all pairs of tokens and experts, and their sum for each token.
+
+A pair is token * K + slot. Few pairs are looked for by every program itself, many are put in order first
+(`align`); the bits are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from toptwo_kernels.cuda.align import Blocks, align
+from toptwo_kernels.cuda.device import Device
+from toptwo_kernels.cuda.packing import BLOCK_INPUTS, parts
+from toptwo_kernels.cuda.product import multiply, order_tiles
+from toptwo_kernels.cuda.tuning import Config, Key, expert_bucket
+from toptwo_kernels.ops import ExpertWeights, Matrix, Routing
+
+FEW_PAIRS = 256  # up to here a program finds its pairs in one vector
+_COMBINED_AT_ONCE = 1024
+
+
+def experts(device: Device, x_TH: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """See `ops.Ops.experts`. Slots with expert -1 add nothing."""
+    pairs = order_pairs(device, routing, weights)
+    first, second = (device.tuner.choose(key) for key in keys(weights, routing))
+    hidden_PF = multiply_gate_up(device, x_TH, pairs, weights, first)
+    out_PH = multiply_down(device, hidden_PF, pairs, weights, second)
+    return _combine_slots(device, out_PH, routing, x_TH.dtype)
+
+
+def keys(weights: ExpertWeights, routing: Routing) -> tuple[Key, Key]:
+    """What the configurations of both products are chosen by."""
+    gate_up, down = weights.gate_up, weights.down
+    tokens = expert_bucket(gate_up.format, routing.ids_TK.numel(), gate_up.num_matrices)
+    return (
+        Key("gate_up", gate_up.format, gate_up.rows // 2, gate_up.cols, tokens),
+        Key("down", down.format, down.rows, down.cols, tokens),
+    )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of a step; counts_E until somebody has counted them. blocks: None for few pairs."""
+
+    ids_TK: Tensor
+    counts_E: Tensor | None
+    blocks: Blocks | None
+
+
+def order_pairs(device: Device, routing: Routing, weights: ExpertWeights) -> Pairs:
+    """The step's pairs, in blocks if they are many."""
+    if routing.ids_TK.numel() <= FEW_PAIRS:
+        return Pairs(routing.ids_TK, routing.counts_E, None)
+    tokens = keys(weights, routing)[0].tokens
+    blocks = align(device, routing.ids_TK, weights.gate_up.num_matrices, tokens, routing.counts_E)
+    return Pairs(routing.ids_TK, None, blocks)
+
+
+def multiply_gate_up(
+    device: Device, x_TH: Tensor, pairs: Pairs, weights: ExpertWeights, config: Config
+) -> Tensor:
+    """activation(gate(x), up(x)) of every pair [P, F], in x's dtype."""
+    matrix = weights.gate_up
+    hidden = (pairs.ids_TK.numel(), matrix.rows // 2)
+    hidden_PF = torch.empty(hidden, dtype=x_TH.dtype, device=x_TH.device)
+    launch = _Launch(
+        matrix, weights.gate_up_bias_EF, weights.activation, weights.limit, pairs.ids_TK.shape[1]
+    )
+    _multiply(device, x_TH, pairs, hidden_PF, launch, config)
+    return hidden_PF
+
+
+def multiply_down(
+    device: Device, hidden_PF: Tensor, pairs: Pairs, weights: ExpertWeights, config: Config
+) -> Tensor:
+    """down(hidden) of every pair [P, H], in float32."""
+    out_PH = torch.empty((len(hidden_PF), weights.down.rows), dtype=torch.float32, device=hidden_PF.device)
+    launch = _Launch(weights.down, weights.down_bias_EH, "none", 0.0, 1)
+    _multiply(device, hidden_PF, Pairs(pairs.ids_TK, None, pairs.blocks), out_PH, launch, config)
+    return out_PH
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One of the two products. pairs_per_row: pairs that read the same row of the input."""
+
+    matrix: Matrix
+    bias_EO: Tensor | None
+    activation: str
+    limit: float
+    pairs_per_row: int
+
+
+def _multiply(
+    device: Device, x_RI: Tensor, pairs: Pairs, out_PO: Tensor, launch: _Launch, config: Config
+) -> None:
+    matrix, blocks = launch.matrix, pairs.blocks
+    num_pairs, num_rows = out_PO.shape
+    words, scales = parts(matrix)
+    num_blocks = min(num_pairs, matrix.num_matrices) if blocks is None else len(blocks.experts_B)
+    options = config.launch()
+    if blocks is not None:
+        options["BLOCK_T"] = blocks.pairs_BT.shape[1]
+    _multiply_pairs[(num_blocks * triton.cdiv(num_rows, config.block_rows),)](
+        x_RI,
+        words,
+        scales,
+        launch.bias_EO,
+        pairs.ids_TK if blocks is None else blocks.pairs_BT,
+        None if blocks is None else blocks.experts_B,
+        pairs.counts_E,
+        out_PO,
+        num_blocks,
+        num_pairs,
+        num_rows,
+        matrix.cols,
+        launch.limit,
+        FORMAT=matrix.format,
+        ACTIVATION=launch.activation,
+        PAIRS_PER_ROW=launch.pairs_per_row,
+        PAIRS=triton.next_power_of_2(num_pairs) if blocks is None else 1,
+        SPARSE=num_pairs < matrix.num_matrices,
+        EVEN=matrix.cols % BLOCK_INPUTS.get(matrix.format, config.block_cols) == 0,
+        PDL=device.pdl,
+        launch_pdl=device.pdl,
+        **options,
+    )
+
+
+@triton.jit
+def _multiply_pairs(
+    x: tl.tensor,
+    words: tl.tensor,
+    scales: tl.tensor,
+    bias: tl.tensor,
+    pairs: tl.tensor,
+    experts: tl.tensor,
+    counts: tl.tensor,
+    out: tl.tensor,
+    num_blocks: tl.tensor,
+    num_pairs: tl.tensor,
+    rows: tl.tensor,
+    cols: tl.tensor,
+    limit: tl.tensor,
+    FORMAT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SPARSE: tl.constexpr,
+    EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_T: tl.constexpr,
+) -> None:
+    """A tile of BLOCK_O outputs for a block of one expert's pairs, as `align` makes them; or, when experts is
+    None, for all pairs of one expert: the block is its number, or if SPARSE the number of a pair that has it,
+    and nothing is left to do if an earlier pair has it too.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    block, tile = order_tiles(num_blocks, tl.cdiv(rows, BLOCK_O), GROUP_T)
+    at_T = tl.arange(0, BLOCK_T)
+    if experts is not None:
+        expert = tl.load(experts + block)
+        if expert >= 0:
+            pairs_T = tl.load(pairs + block * BLOCK_T + at_T)
+            _multiply_tile(
+                x, words, scales, bias, out, expert, pairs_T, pairs_T < num_pairs, tile, rows, cols, limit,
+                FORMAT, ACTIVATION, PAIRS_PER_ROW, EVEN, BLOCK_O, BLOCK_T, BLOCK_K,
+            )  # fmt: skip
+    else:
+        at_P = tl.arange(0, PAIRS)
+        ids_P = tl.load(pairs + at_P, mask=at_P < num_pairs, other=-1).to(tl.int32)
+        expert = block
+        if SPARSE:
+            expert = tl.sum(tl.where(at_P == block, ids_P, 0), axis=0)
+        mine_P = ((ids_P == expert) & (ids_P >= 0)).to(tl.int32)
+        count = tl.sum(mine_P, axis=0)
+        if SPARSE:
+            count = tl.where(tl.sum(tl.where(at_P < block, mine_P, 0), axis=0) > 0, 0, count)
+        if counts is not None and (tile == 0) & (count > 0):
+            tl.store(counts + expert, tl.load(counts + expert) + count)
+        ranks_P = tl.where(mine_P > 0, tl.cumsum(mine_P, axis=0) - 1, -1)
+        for start in range(0, count, BLOCK_T):
+            here_TP = ranks_P[None, :] == (start + at_T)[:, None]
+            pairs_T = tl.sum(tl.where(here_TP, at_P[None, :], 0), axis=1)
+            _multiply_tile(
+                x, words, scales, bias, out, expert, pairs_T, start + at_T < count, tile, rows, cols, limit,
+                FORMAT, ACTIVATION, PAIRS_PER_ROW, EVEN, BLOCK_O, BLOCK_T, BLOCK_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def _multiply_tile(
+    x: tl.tensor,
+    words: tl.tensor,
+    scales: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    expert: tl.tensor,
+    pairs_T: tl.tensor,
+    live_T: tl.tensor,
+    tile: tl.tensor,
+    rows: tl.tensor,
+    cols: tl.tensor,
+    limit: tl.tensor,
+    FORMAT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """out[pair, rows] of one expert; with an activation, of gates and ups joined."""
+    PAIRED: tl.constexpr = ACTIVATION != "none"
+    HALVES: tl.constexpr = 2 if PAIRED else 1
+    rows_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    inside_O = tl.minimum(rows_O, rows - 1)
+    pairs_T = tl.where(live_T, pairs_T, 0).to(tl.int64)
+    x_T = x + pairs_T // PAIRS_PER_ROW * cols
+    sums_OT, ups_OT = multiply(
+        x_T, words, scales, expert * HALVES, inside_O, rows, cols,
+        FORMAT, PAIRED, EVEN, BLOCK_O, BLOCK_T, BLOCK_K,
+    )  # fmt: skip
+    if bias is not None:
+        bias_O = bias + expert * HALVES * rows + inside_O
+        sums_OT += tl.load(bias_O)[:, None]
+        if PAIRED:
+            ups_OT += tl.load(bias_O + rows)[:, None]
+    if PAIRED:
+        sums_OT = _join(sums_OT, ups_OT, limit, ACTIVATION)
+    mask_OT = (rows_O < rows)[:, None] & live_T[None, :]
+    out_OT = out + pairs_T[None, :] * rows + rows_O[:, None]
+    tl.store(out_OT, sums_OT.to(out.dtype.element_ty), mask=mask_OT)
+
+
+@triton.jit
+def _join(gate: tl.tensor, up: tl.tensor, limit: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """See `ops.Activation`."""
+    if ACTIVATION == "silu":
+        joined = gate * tl.sigmoid(gate) * up
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = sigmoid(2 u), with u = sqrt(2 / pi) (gate + 0.044715 gate^3)
+        joined = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    else:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        joined = gate * tl.sigmoid(1.702 * gate) * (up + 1.0)
+    return joined
+
+
+def _combine_slots(device: Device, out_PH: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+    num_tokens, top_k = routing.ids_TK.shape
+    width = out_PH.shape[1]
+    total_TH = torch.empty((num_tokens, width), dtype=dtype, device=out_PH.device)
+    _combine[(num_tokens, triton.cdiv(width, _COMBINED_AT_ONCE))](
+        out_PH,
+        routing.ids_TK,
+        routing.weights_TK,
+        total_TH,
+        width,
+        TOP_K=top_k,
+        BLOCK_H=_COMBINED_AT_ONCE,
+        PDL=device.pdl,
+        launch_pdl=device.pdl,
+    )
+    return total_TH
+
+
+@triton.jit
+def _combine(
+    out: tl.tensor,
+    ids: tl.tensor,
+    weights: tl.tensor,
+    total: tl.tensor,
+    width: tl.tensor,
+    TOP_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """total [T, H] = the sum of out [T, K, H] times weights [T, K], in the order of slots."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    at_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    sum_H = tl.zeros([BLOCK_H], tl.float32)
+    for slot in tl.static_range(TOP_K):
+        pair = token * TOP_K + slot
+        live = tl.load(ids + pair) >= 0
+        out_H = tl.load(out + pair * width + at_H, mask=live & (at_H < width), other=0.0)
+        # A padding token's weight may be anything, NaN included.
+        sum_H += out_H * tl.where(live, tl.load(weights + pair), 0.0)
+    tl.store(total + token * width + at_H, sum_H.to(total.dtype.element_ty), mask=at_H < width)

@@ -1,0 +1,173 @@
+"""How products are cut into pieces, by shape: what was measured, on this machine or by us, or else a guess.
+
+Every configuration computes the same bits: pieces differ in how many outputs and tokens they cover and how
+far ahead they fetch, never in the order of a sum. Knows no kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from toptwo_kernels.ops import WeightFormat
+
+Kind = Literal["linear", "gate_up", "down"]
+SMALLEST_TOKENS, LARGEST_TOKENS = 16, 1024
+LARGEST_EXPERT_TOKENS = 128
+_DENSE_BYTES: dict[WeightFormat, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SHARED_BYTES = 220 << 10  # shared memory of a processor, less what kernels need besides
+_SHIPPED = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One program computes block_rows outputs (at least 64: fewer would go through other matrix units) of
+    block_tokens tokens, from block_cols inputs at a time in dense formats, fetched num_stages - 1 blocks
+    ahead. Programs of `group` blocks of tokens run beside each other, sharing weights."""
+
+    block_rows: int
+    block_tokens: int
+    block_cols: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+
+    def launch(self) -> dict[str, int]:
+        """As keyword arguments of a kernel."""
+        return {
+            "BLOCK_O": self.block_rows,
+            "BLOCK_T": self.block_tokens,
+            "BLOCK_K": self.block_cols,
+            "GROUP_T": self.group,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+class Key(NamedTuple):
+    """What a configuration is chosen by. rows and cols: of one matrix, of either half of a paired one.
+    tokens: a `bucket`, of a step or of an expert."""
+
+    kind: Kind
+    format: WeightFormat
+    rows: int
+    cols: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return "/".join(str(part) for part in self)
+
+
+def bucket(tokens: int, largest: int = LARGEST_TOKENS) -> int:
+    """The power of two, of those that are told apart, for a number of tokens."""
+    return min(max(1 << (tokens - 1).bit_length(), SMALLEST_TOKENS), largest)
+
+
+def expert_bucket(weight_format: WeightFormat, num_pairs: int, num_experts: int) -> int:
+    """The same for an expert's tokens: room for twice the average, so that most experts need one block."""
+    largest = SMALLEST_TOKENS if weight_format == "float32" else LARGEST_EXPERT_TOKENS
+    return bucket(-(-2 * num_pairs // num_experts), largest)
+
+
+def candidates(key: Key) -> list[Config]:
+    """At most eight that may be fastest, the guess first. An expert's blocks have key.tokens tokens, as both
+    of its products share them."""
+    if key.format == "float32":
+        return [Config(64, 16, 32, 4, 3)]
+    found = _for_few(key) if key.tokens <= 64 else _for_many(key)
+    return [config for config in found if _shared_bytes(key, config) <= _SHARED_BYTES][:8]
+
+
+def _for_few(key: Key) -> list[Config]:
+    """Reading weights is what takes time: as many bytes on the way as fit."""
+    rows = (64, 128) if key.rows > 64 else (64,)
+    if key.format in _DENSE_BYTES:
+        paths = ((128, 4), (64, 6), (128, 3), (256, 3), (64, 4))
+        first = paths if key.kind != "gate_up" else (paths[1], paths[0], *paths[2:])
+        return [Config(row, key.tokens, cols, 4, stages) for cols, stages in first for row in rows]
+    # Four warps for each 64 rows: with more, every weight is widened twice.
+    return [Config(row, key.tokens, 128, row // 16, stages) for stages in (3, 5, 4, 2) for row in rows]
+
+
+def _for_many(key: Key) -> list[Config]:
+    """Arithmetic takes time, or both: tiles as large as registers bear."""
+    shapes = [(128, 128, 64, 8), (64, 128, 64, 4)]
+    if key.kind == "linear" and key.tokens > 128:
+        shapes = [(128, 256, 64, 8), *shapes, (256, 128, 64, 8)]
+    return [Config(*shape, stages) for stages in (4, 3, 2) for shape in shapes]
+
+
+def _shared_bytes(key: Key, config: Config) -> int:
+    weights = config.block_rows * (2 if key.kind == "gate_up" else 1)
+    if key.format in _DENSE_BYTES:
+        columns = config.block_cols * _DENSE_BYTES[key.format]
+        return config.num_stages * columns * (weights + config.block_tokens)
+    inputs = 256 if key.format == "int4" else 128
+    return config.num_stages * (weights * 128 + config.block_tokens * inputs * 2)
+
+
+class Tuner:
+    """The configurations of a card.
+
+    directory: where measured ones are kept, in a file for each card and version of Triton; None to keep none.
+    """
+
+    def __init__(self, card: str, directory: Path | None) -> None:
+        self.card = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+        self._directory = directory
+        self._chosen: dict[Key, Config] = {}
+
+    @cached_property
+    def _measured(self) -> dict[str, Config]:
+        """Ours below this machine's own. A file that cannot be read is as good as none."""
+        found: dict[str, Config] = {}
+        for path in (_SHIPPED / f"{self.card}.json", self._path):
+            if path is not None and path.exists():
+                with suppress(OSError, ValueError, TypeError, AttributeError):
+                    found |= {key: Config(**fields) for key, fields in json.loads(path.read_text()).items()}
+        return found
+
+    @property
+    def _path(self) -> Path | None:
+        if self._directory is None:
+            return None
+        return self._directory / f"{self.card}_triton-{version('triton')}.json"
+
+    def choose(self, key: Key) -> Config:
+        """The configuration to launch with."""
+        config = self._chosen.get(key)
+        if config is None:
+            config = self._measured.get(str(key)) or candidates(key)[0]
+            self._chosen[key] = config
+        return config
+
+    def tune(self, key: Key, measure: Callable[[Config], float | None]) -> Config:
+        """The fastest candidate from now on.
+
+        measure: milliseconds of a configuration, None if it cannot run.
+        """
+        times = {config: time for config in candidates(key) if (time := measure(config)) is not None}
+        if times:
+            fastest = min(times, key=lambda config: times[config])
+            self._measured[str(key)] = self._chosen[key] = fastest
+        return self.choose(key)
+
+    def save(self) -> None:
+        """Keep what was measured. A directory that cannot be written costs a measurement next time."""
+        path = self._path
+        if path is None:
+            return
+        table = {key: asdict(config) for key, config in sorted(self._measured.items())}
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(table, indent=1))
+            temporary.replace(path)
