@@ -12,7 +12,8 @@ from torch import Tensor
 from toptwo_kernels import reference
 from toptwo_kernels.cuda.device import Device
 from toptwo_kernels.cuda.embedding import embed, select
-from toptwo_kernels.cuda.packing import pack
+from toptwo_kernels.cuda.linear import linear
+from toptwo_kernels.cuda.packing import BLOCK_INPUTS, pack
 from toptwo_kernels.cuda.plan import plan_step
 from toptwo_kernels.ops import StepBatch, WeightFormat
 
@@ -42,11 +43,14 @@ def test_the_tables_rows(
     weight_VH = normal(*shape)
     ids = [0, shape[0] - 1, shape[0] // 2, 0]
     plan = plan_step(device, step(ids, []))
-    got_TH = embed(device, pack(device, weight_VH, weight_format), plan)
-    expected_TH = reference.pack(weight_VH.cpu(), weight_format).data[0][ids]
-    if weight_format in ("int8", "int4", "fp8"):
-        expected_TH = expected_TH.bfloat16()
-    assert torch.equal(got_TH.cpu(), expected_TH)
+    table = pack(device, weight_VH, weight_format)
+    got_TH = embed(device, table, plan)
+    if weight_format in BLOCK_INPUTS:
+        inputs_II = torch.eye(shape[1], device=device.torch_device)
+        expected_TH = linear(device, inputs_II, table).T[ids].bfloat16()  # as a product sees the weights
+    else:
+        expected_TH = reference.pack(weight_VH.cpu(), weight_format).data[0][ids].to(got_TH.device)
+    assert torch.equal(got_TH, expected_TH)
 
 
 @pytest.mark.parametrize("width", [1, 61, 1024, 2049])

@@ -29,7 +29,7 @@ _SMALLEST_DOT = 16
 
 
 @dataclass(frozen=True)
-class Form:
+class Attended:
     """What is attended to.
 
     key, rest: numbers that a KV head keeps of a token, first and behind; all of them meet a query's.
@@ -65,7 +65,7 @@ class Tile:
     num_stages: int
 
     @classmethod
-    def fitting(cls, form: Form, element_size: int, *, decoding: bool) -> Tile:
+    def fitting(cls, form: Attended, element_size: int, *, decoding: bool) -> Tile:
         """What the registers and the shared memory of a processor hold.
 
         Both kinds of steps have tiles of as many keys, and warps that each have all keys of a query or all
@@ -94,7 +94,7 @@ def attention(
         HEADS=_TURNED_HEADS, BLOCK_SIZE=step.block_size,
         PDL=device.pdl, num_warps=4, launch_pdl=device.pdl,
     )  # fmt: skip
-    form = Form(
+    form = Attended(
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         key=shape.head_dim,
@@ -158,7 +158,7 @@ def turn_kernel(
         tl.store(v_ptr + place + i, rest, mask=is_v[:, None] & (i < DIM))
 
 
-def attend(device: Device, q_TX: Tensor, kv: KVCache, plan: Plan, form: Form) -> Tensor:
+def attend(device: Device, q_TX: Tensor, kv: KVCache, plan: Plan, form: Attended) -> Tensor:
     """What every query finds in its row's context, [T, N * value].
 
     kv: keys and values, or one tensor that is both.
@@ -171,7 +171,7 @@ def attend(device: Device, q_TX: Tensor, kv: KVCache, plan: Plan, form: Form) ->
     return out_TX
 
 
-def _attend_rows(device: Device, tensors: tuple[Tensor, ...], plan: Plan, form: Form, tile: Tile) -> None:
+def _attend_rows(device: Device, tensors: tuple[Tensor, ...], plan: Plan, form: Attended, tile: Tile) -> None:
     """One query a row: splits of contexts in parallel, joined by a second kernel."""
     q_TX, keys, values, out_TX = tensors
     num_items, heads = plan.shape.items, min(_power(form.group), tile.rows)
@@ -193,7 +193,9 @@ def _attend_rows(device: Device, tensors: tuple[Tensor, ...], plan: Plan, form: 
     )  # fmt: skip
 
 
-def _attend_tiles(device: Device, tensors: tuple[Tensor, ...], plan: Plan, form: Form, tile: Tile) -> None:
+def _attend_tiles(
+    device: Device, tensors: tuple[Tensor, ...], plan: Plan, form: Attended, tile: Tile
+) -> None:
     """Any number of queries a row."""
     q_TX, keys, values, out_TX = tensors
     heads = min(_power(form.group), tile.rows)
@@ -208,7 +210,7 @@ def _attend_tiles(device: Device, tensors: tuple[Tensor, ...], plan: Plan, form:
     )  # fmt: skip
 
 
-def _constants(device: Device, plan: Plan, form: Form, tile: Tile) -> dict[str, Any]:
+def _constants(device: Device, plan: Plan, form: Attended, tile: Tile) -> dict[str, Any]:
     """What both kernels over contexts are compiled for."""
     return {
         "Q_STRIDE": form.stride,
@@ -234,7 +236,7 @@ def _constants(device: Device, plan: Plan, form: Form, tile: Tile) -> dict[str, 
     }
 
 
-def _scales(form: Form) -> tuple[float, float]:
+def _scales(form: Attended) -> tuple[float, float]:
     """The factor on q . k and, with a cap, the one on what comes of it: scores in units of log 2.
 
     tanh(x) is (1 - e) / (1 + e) with e = exp2(-2 x / ln 2).
@@ -244,7 +246,7 @@ def _scales(form: Form) -> tuple[float, float]:
     return 2.0 * form.scale / form.soft_cap * _LOG2_E, form.soft_cap * _LOG2_E
 
 
-def _sinks(form: Form, instead: Tensor) -> Tensor:
+def _sinks(form: Attended, instead: Tensor) -> Tensor:
     return instead if form.sinks_N is None else form.sinks_N
 
 

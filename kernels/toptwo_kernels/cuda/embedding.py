@@ -16,6 +16,7 @@ from toptwo_kernels.cuda.plan import Plan
 from toptwo_kernels.ops import GROUP, Matrix
 
 _BLOCK = 1024
+_FP8_UNBIASED = tl.constexpr(2.0**-120)  # see packing
 
 
 def embed(device: Device, table: Matrix, plan: object) -> Tensor:
@@ -92,20 +93,23 @@ def _decode_rows(
     groups, inputs = tl.arange(0, BLOCK // WORDS)[:, None], tl.arange(0, WORDS)[None, :]
     word = tl.load(words + (token * num_blocks + block) * WORDS + inputs)
     if FORMAT == "fp8":
-        scale = tl.load(scales + (token // BLOCK) * num_blocks + block)
+        scale = _bfloat16(tl.load(scales + (token // BLOCK) * num_blocks + block)) * _FP8_UNBIASED
         byte = (word >> (8 * groups)).to(tl.uint8)
         value = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scale
+    elif FORMAT == "int8":
+        scale = _bfloat16(tl.load(scales + block.to(tl.int64) * num_rows + token) >> (16 * groups))
+        byte = (word >> (8 * groups)) & 255
+        value = tl.where(byte < 128, byte, 128 - byte).to(tl.float32) * scale
     else:
-        # A word of 64 bits holds four float16 scales or eight zero points.
-        kinds: tl.constexpr = 1 if FORMAT == "int8" else 3
-        place = scales + block.to(tl.int64) * kinds * num_rows + token
-        bits = tl.load(place + (groups // 4) * num_rows) >> (16 * (groups % 4))
-        scale = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        if FORMAT == "int8":
-            value = (((word >> (8 * groups)) & 255) - 128).to(tl.float32) * scale
-        else:
-            zero = ((tl.load(place + 2 * num_rows) >> (8 * groups)) & 255).to(tl.int32)
-            steps = 16 * ((word >> (4 * groups)) & 15) - zero
-            value = steps.to(tl.float32) * (scale / 16)
+        place = scales + block.to(tl.int64) * 4 * num_rows + token
+        bits = tl.load(place + (groups // 2) * num_rows) >> (32 * (groups % 2))
+        number = ((word >> (4 * groups)) & 15).to(tl.float32)
+        value = number * _bfloat16(bits) + _bfloat16(bits >> 16)
     columns = block * BLOCK + groups * WORDS + inputs
     tl.store(out_TH + row * width + columns, value.to(tl.bfloat16), mask=columns < width)
+
+
+@triton.jit
+def _bfloat16(bits: tl.tensor) -> tl.tensor:
+    """The number in the lowest 16 bits, as float32."""
+    return ((bits & 0xFFFF) << 16).to(tl.int32).to(tl.float32, bitcast=True)

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from toptwo_kernels.cuda.align import Blocks, align
 from toptwo_kernels.cuda.device import Device
 from toptwo_kernels.cuda.packing import BLOCK_INPUTS, parts
-from toptwo_kernels.cuda.product import multiply, order_tiles
+from toptwo_kernels.cuda.product import bytes_ahead, fetch_ahead, multiply, order_tiles
 from toptwo_kernels.cuda.tuning import Config, Key, expert_bucket
 from toptwo_kernels.ops import ExpertWeights, Matrix, Routing
 
@@ -96,6 +96,10 @@ class _Launch:
     limit: float
     pairs_per_row: int
 
+    @property
+    def is_paired(self) -> bool:
+        return self.activation != "none"
+
 
 def _multiply(
     device: Device, x_RI: Tensor, pairs: Pairs, out_PO: Tensor, launch: _Launch, config: Config
@@ -104,6 +108,9 @@ def _multiply(
     num_pairs, num_rows = out_PO.shape
     words, scales = parts(matrix)
     num_blocks = min(num_pairs, matrix.num_matrices) if blocks is None else len(blocks.experts_B)
+    ahead = 0
+    if blocks is None:
+        ahead = bytes_ahead(device, words, num_blocks * matrix.rows)
     options = config.launch()
     if blocks is not None:
         options["BLOCK_T"] = blocks.pairs_BT.shape[1]
@@ -121,8 +128,11 @@ def _multiply(
         num_rows,
         matrix.cols,
         launch.limit,
+        words.stride(1),
+        ahead,
         FORMAT=matrix.format,
         ACTIVATION=launch.activation,
+        EARLY=not launch.is_paired,
         PAIRS_PER_ROW=launch.pairs_per_row,
         PAIRS=triton.next_power_of_2(num_pairs) if blocks is None else 1,
         SPARSE=num_pairs < matrix.num_matrices,
@@ -148,8 +158,11 @@ def _multiply_pairs(
     rows: tl.tensor,
     cols: tl.tensor,
     limit: tl.tensor,
+    row_size: tl.tensor,
+    ahead: tl.tensor,
     FORMAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EARLY: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr,
     PAIRS: tl.constexpr,
     SPARSE: tl.constexpr,
@@ -163,14 +176,20 @@ def _multiply_pairs(
     """A tile of BLOCK_O outputs for a block of one expert's pairs, as `align` makes them; or, when experts is
     None, for all pairs of one expert: the block is its number, or if SPARSE the number of a pair that has it,
     and nothing is left to do if an earlier pair has it too.
+
+    EARLY: whether pairs and experts were there before what this launch waits for.
     """
-    if PDL:
-        gdc_launch_dependents()
+    if PDL and not EARLY:
+        # Only now: what comes next may read ids as soon as it is launched.
         gdc_wait()
+        gdc_launch_dependents()
     block, tile = order_tiles(num_blocks, tl.cdiv(rows, BLOCK_O), GROUP_T)
     at_T = tl.arange(0, BLOCK_T)
     if experts is not None:
         expert = tl.load(experts + block)
+        if PDL and EARLY:
+            gdc_launch_dependents()
+            gdc_wait()
         if expert >= 0:
             pairs_T = tl.load(pairs + block * BLOCK_T + at_T)
             _multiply_tile(
@@ -187,6 +206,15 @@ def _multiply_pairs(
         count = tl.sum(mine_P, axis=0)
         if SPARSE:
             count = tl.where(tl.sum(tl.where(at_P < block, mine_P, 0), axis=0) > 0, 0, count)
+        if PDL:
+            if (ahead > 0) & (count > 0):
+                rows_O = tl.minimum(tile * BLOCK_O + tl.arange(0, BLOCK_O), rows - 1)
+                HALVES: tl.constexpr = 1 if ACTIVATION == "none" else 2
+                for half in tl.static_range(HALVES):
+                    fetch_ahead(words, expert * HALVES + half, rows_O, rows, row_size, ahead)
+            if EARLY:
+                gdc_launch_dependents()
+                gdc_wait()
         if counts is not None and (tile == 0) & (count > 0):
             tl.store(counts + expert, tl.load(counts + expert) + count)
         ranks_P = tl.where(mine_P > 0, tl.cumsum(mine_P, axis=0) - 1, -1)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from toptwo_kernels.cuda.attention import Form, attend
+from toptwo_kernels.cuda.attention import Attended, attend
 from toptwo_kernels.cuda.device import Device
 from toptwo_kernels.cuda.plan import Plan
 from toptwo_kernels.ops import KVCache, LatentSpec, Rope
@@ -30,7 +30,7 @@ def latent_attention(
         HALF=half, HALF_PAD=triton.next_power_of_2(half), WIDTH_PAD=triton.next_power_of_2(shape.kv_size),
         HEADS=_TURNED_HEADS, PDL=device.pdl, num_warps=4, launch_pdl=device.pdl,
     )  # fmt: skip
-    form = Form(
+    form = Attended(
         num_heads=shape.num_heads,
         num_kv_heads=1,
         key=shape.latent_dim,

@@ -10,9 +10,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from toptwo_kernels.cuda.device import Device
 from toptwo_kernels.cuda.packing import BLOCK_INPUTS, parts
-from toptwo_kernels.cuda.product import multiply, order_tiles
+from toptwo_kernels.cuda.product import bytes_ahead, fetch_ahead, multiply, order_tiles
 from toptwo_kernels.cuda.tuning import Config, Key, bucket
 from toptwo_kernels.ops import Matrix
+
+FEW_TOKENS = 64  # up to here reading weights is what takes time
 
 
 def linear(device: Device, x_TI: Tensor, weight: Matrix, bias_O: Tensor | None = None) -> Tensor:
@@ -50,6 +52,8 @@ def multiply_heads(
         weight.rows,
         weight.cols,
         rest,
+        words.stride(1),
+        bytes_ahead(device, words, num_heads * weight.rows) if num_tokens <= FEW_TOKENS else 0,
         FORMAT=weight.format,
         REST=triton.next_power_of_2(rest) if rest else 0,
         EVEN=weight.cols % BLOCK_INPUTS.get(weight.format, config.block_cols) == 0,
@@ -71,6 +75,8 @@ def _multiply_heads(
     rows: tl.tensor,
     cols: tl.tensor,
     rest: tl.tensor,
+    row_size: tl.tensor,
+    ahead: tl.tensor,
     FORMAT: tl.constexpr,
     REST: tl.constexpr,
     EVEN: tl.constexpr,
@@ -81,17 +87,19 @@ def _multiply_heads(
     GROUP_T: tl.constexpr,
 ) -> None:
     """A tile [BLOCK_O, BLOCK_T] of one head's outputs; x [T, N (cols + rest)], out [T, N (rows + rest)]."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     block, tile = order_tiles(tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(rows, BLOCK_O), GROUP_T)
     head, num_heads = tl.program_id(1), tl.num_programs(1)
+    rows_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    inside_O = tl.minimum(rows_O, rows - 1)
+    if PDL:
+        if ahead > 0:
+            fetch_ahead(words, head, inside_O, rows, row_size, ahead)
+        gdc_launch_dependents()
+        gdc_wait()
     tokens_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
     live_T = tokens_T < num_tokens
     tokens_T = tl.where(live_T, tokens_T, 0).to(tl.int64)
-    rows_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     x_T = x + (tokens_T * num_heads + head) * (cols + rest)
-    inside_O = tl.minimum(rows_O, rows - 1)
     sums_OT, _ = multiply(
         x_T, words, scales, head, inside_O, rows, cols, FORMAT, False, EVEN, BLOCK_O, BLOCK_T, BLOCK_K
     )

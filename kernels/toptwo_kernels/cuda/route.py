@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from toptwo_kernels.cuda.device import Device
 from toptwo_kernels.ops import RouterSpec, RouterWeights, Routing
 
-_PART_COLUMNS = 1024
+_PART_COLUMNS = 256
 _BLOCK_EXPERTS = 16  # the least that matrix units take; more would only leave processors idle
 _BLOCK_COLUMNS = 64
 _FEW_TOKENS, _MANY_TOKENS = 16, 64  # of a program
@@ -56,7 +56,7 @@ def _multiply(device: Device, x_TH: Tensor, matrix_EH: Tensor) -> Tensor:
         *(x_TH, matrix_EH, parts_PTE, num_tokens, num_experts, width),
         *(_PART_COLUMNS, block_tokens, _BLOCK_EXPERTS, _BLOCK_COLUMNS, device.pdl),
         num_warps=4,
-        num_stages=6,
+        num_stages=4,
         launch_pdl=device.pdl,
     )
     return parts_PTE
