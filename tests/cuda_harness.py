@@ -18,7 +18,8 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     assert "triton" not in sys.modules, "Triton was imported before the tests could choose its interpreter"
     os.environ["TRITON_INTERPRET"] = "1"
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
     import triton_interpreter
 
     triton_interpreter.mend()

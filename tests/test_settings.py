@@ -31,6 +31,7 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "quantization": ("int4", "int4"),
     "kv_dtype": ("fp8", "fp8"),
     "random_weights": ("true", True),
+    "tune": ("true", True),
     "backend": ("reference", "reference"),
     "max_model_len": ("100", 100),
     "max_num_seqs": ("7", 7),

@@ -63,6 +63,11 @@ class Settings(BaseSettings):
         description="Make up the weights instead of reading them, to measure a machine with a model's shape; "
         "what such a model says means nothing.",
     )
+    tune: bool = Field(
+        False,
+        description="Measure which kernel configurations are fastest for the model on this GPU before it is "
+        "served; takes minutes, and the result is kept in the cache directory.",
+    )
     backend: Backend = Field(
         "auto", description="Kernels: auto is the native ones where they were built, else the reference."
     )

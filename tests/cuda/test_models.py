@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import schedules
+from cuda_harness import INTERPRETED
 from schedules import Run, strangers
 from tiny import FAMILIES, load_runner, write_mixtral
 from toptwo.engine.blocks import BlockPool
@@ -26,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(directory: Path, *waves: list[GenerateRequest], device: str = "cuda", **options: int) -> Run:
+def run(directory: Path, *waves: list[GenerateRequest], device: str = "cuda", **options: Any) -> Run:
     backend = "auto" if device == "cuda" else "reference"
     return schedules.run(directory, *waves, device=device, backend=backend, **options)
 
@@ -79,3 +81,21 @@ def test_rows_are_the_same_bits_alone_and_together(checkpoint: Path) -> None:
     alone = torch.stack(run(checkpoint, [wanted]).logits["it"])
     together = torch.stack(run(checkpoint, [*strangers(4), wanted]).logits["it"])
     assert torch.equal(alone[1:], together[1:])
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_mixed_requests_under_preemption_get_what_each_gets_alone(
+    checkpoint: Path, quantization: str
+) -> None:
+    """In bfloat16, on a card a thousand of them: any bit that company or chunks changed would show."""
+    requests = [
+        schedules.request(
+            f"r{i}", seed=i, length=1 + 13 * i % 60, max_tokens=1 + i % 6, temperature=(i % 3) / 2, top_p=0.9
+        )
+        for i in range(5 if INTERPRETED else 1000)
+    ]
+    options = {"dtype": "bfloat16", "quantization": quantization, "num_blocks": 256}
+    alone = run(checkpoint, *([each] for each in requests), prefix_caching=False, **options)
+    got = run(checkpoint, requests, max_step_tokens=64, preempt_every=3, **options)
+    assert got.num_preemptions
+    assert got.tokens == alone.tokens

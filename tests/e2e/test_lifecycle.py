@@ -282,6 +282,7 @@ def test_a_taken_port_is_told_at_once(start: Start) -> None:
         (["--port", "http"], "--port: Input should be a valid integer"),
         (["--device", "cuda"], "--device cuda: "),
         (["--device", "cuda", "--backend", "cpu"], "--backend cpu cannot go with --device cuda"),
+        (["--tune"], "--tune: only a GPU's kernels have something to choose from"),
         (["--kv-dtype", "fp8"], "--kv-dtype fp8: only a GPU's kernels have it"),
         (["--quantization", "fp8"], "--quantization fp8: only a GPU's kernels have it"),
         (["--quantization", "int3"], "--quantization: Input should be 'auto', 'none', 'int8', 'int4' or"),

@@ -21,6 +21,7 @@ from toptwo_kernels.cuda.packing import pack
 from toptwo_kernels.cuda.plan import plan_step
 from toptwo_kernels.cuda.route import route
 from toptwo_kernels.cuda.sampling import sample
+from toptwo_kernels.cuda.trials import tune_products
 from toptwo_kernels.ops import Ops
 
 __all__ = ["create"]
@@ -45,6 +46,7 @@ _FUNCTIONS = (
     sample,
     scale,
     select,
+    tune_products,
 )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,30 +27,38 @@ _FLUSHED = 128 << 20  # bytes written between repeats: more than any card's L2 c
 class Products:
     """What a model multiplies with. One matrix of each shape is enough; more cost nothing.
 
-    matrices: of `linear` and `linear_per_head`. experts: stacks of them, of which each token gets top_k.
+    matrices: of `linear` and `linear_per_head`. experts: stacks of them, and how many of each a token gets.
     dtype: of the activations.
     """
 
     matrices: list[Matrix]
-    experts: list[ExpertWeights]
-    top_k: int
+    experts: list[tuple[ExpertWeights, int]]
     dtype: torch.dtype
 
 
-def tune_products(device: Device, products: Products, tokens: Iterable[int]) -> None:
+def tune_products(
+    device: Device,
+    products: Products,
+    tokens: Sequence[int],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Try all candidates for steps of so many tokens, and keep the fastest.
 
-    A few seconds for each shape and number of tokens, most of it for compiling. Under the interpreter nothing
-    is tried.
+    Seconds for each shape and number of tokens, most of them for compiling. Under the interpreter nothing is
+    tried. on_progress is told how many of how many are done.
     """
     if device.interpreted:
         return
     trials = _Trials(device, products.dtype)
+    total = len(tokens) * (len(products.matrices) + len(products.experts))
+    done = itertools.count(1)
     for num_tokens in tokens:
         for matrix in products.matrices:
             trials.try_matrix(matrix, num_tokens)
-        for weights in products.experts:
-            trials.try_experts(weights, num_tokens, products.top_k)
+            on_progress(next(done), total)
+        for weights, top_k in products.experts:
+            trials.try_experts(weights, num_tokens, top_k)
+            on_progress(next(done), total)
     device.tuner.save()
 
 

@@ -88,13 +88,22 @@ def candidates(key: Key) -> list[Config]:
 
 def _for_few(key: Key) -> list[Config]:
     """Reading weights is what takes time: as many bytes on the way as fit."""
-    rows = (64, 128) if key.rows > 64 else (64,)
     if key.format in _DENSE_BYTES:
-        paths = ((128, 4), (64, 6), (128, 3), (256, 3), (64, 4))
-        first = paths if key.kind != "gate_up" else (paths[1], paths[0], *paths[2:])
-        return [Config(row, key.tokens, cols, 4, stages) for cols, stages in first for row in rows]
+        shapes = [
+            (64, 128, 4),
+            (64, 128, 6),
+            (64, 64, 10),
+            (64, 256, 3),
+            (64, 64, 6),
+            (128, 64, 6),
+            (128, 128, 4),
+        ]
+        if key.kind == "gate_up":
+            shapes = [(64, 64, 6), (64, 64, 10), (64, 128, 3), (64, 128, 5), (128, 64, 3), (128, 64, 6)]
+        return [Config(rows, key.tokens, cols, 4, stages) for rows, cols, stages in shapes]
     # Four warps for each 64 rows: with more, every weight is widened twice.
-    return [Config(row, key.tokens, 128, row // 16, stages) for stages in (3, 5, 4, 2) for row in rows]
+    shapes = [(64, 128, stages) for stages in (3, 4, 5, 2)] + [(128, 128, stages) for stages in (3, 4)]
+    return [Config(rows, key.tokens, cols, rows // 16, stages) for rows, cols, stages in shapes]
 
 
 def _for_many(key: Key) -> list[Config]:

@@ -21,6 +21,7 @@ from toptwo.runtime.graphs import Step, prepare_step
 from toptwo.runtime.kv_cache import allocate_kv_cache
 from toptwo.runtime.random_weights import make_weights
 from toptwo.runtime.runner import Runner
+from toptwo.runtime.tuning import tune
 from toptwo.runtime.weights import WeightSource, prepare_weights
 from toptwo.settings import Settings
 from toptwo_kernels.ops import KVCache
@@ -63,6 +64,8 @@ def build_runtime(
         weights, weights_id = prepare_weights(source, config, ops, on_progress)
     with config.torch_device:  # what the model makes itself: tables of angles, counts
         model = architecture.build(model_config, weights, config.max_model_len, ops)
+    if settings.tune:
+        tune(model, weights, config, ops, on_progress)
     kv_cache = allocate_kv_cache(model_config, config.num_blocks, config.kv_dtype, ops)
     with torch.inference_mode():
         step = prepare_step(model, kv_cache, ops, config.max_step_tokens)

@@ -60,6 +60,8 @@ def resolve(
     Raises StartupError for what cannot fit.
     """
     device = choose_device(settings)
+    if settings.tune and device != "cuda":
+        raise StartupError("--tune: only a GPU's kernels have something to choose from")
     backend = "cuda" if device == "cuda" else choose_backend(settings, model)
     quantization = choose_quantization(settings, backend)
     dtype = _choose_dtype(settings, device)
