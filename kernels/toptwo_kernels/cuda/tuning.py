@@ -21,7 +21,7 @@ from toptwo_kernels.ops import WeightFormat
 
 Kind = Literal["linear", "gate_up", "down"]
 SMALLEST_TOKENS, LARGEST_TOKENS = 16, 1024
-LARGEST_EXPERT_TOKENS = 128
+LARGEST_EXPERT_TOKENS: dict[str, int] = {"float32": 16, "bfloat16": 128, "float16": 128}
 _DENSE_BYTES: dict[WeightFormat, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SHARED_BYTES = 220 << 10  # shared memory of a processor, less what kernels need besides
 _SHIPPED = Path(__file__).parent / "tuned"
@@ -29,9 +29,14 @@ _SHIPPED = Path(__file__).parent / "tuned"
 
 @dataclass(frozen=True)
 class Config:
-    """One program computes block_rows outputs (at least 64: fewer would go through other matrix units) of
-    block_tokens tokens, from block_cols inputs at a time in dense formats, fetched num_stages - 1 blocks
-    ahead. Programs of `group` blocks of tokens run beside each other, sharing weights."""
+    """One program computes block_rows outputs of block_tokens tokens, from block_cols inputs at a time in
+    dense formats, fetched num_stages - 1 blocks ahead. Programs of `group` blocks of tokens run beside each
+    other, sharing weights.
+
+    Triton chooses matrix instructions by these numbers, and bits could follow: dense formats have 64 rows at
+    least and warps in fours, for those of four warps together; the others have two warps, for those of one
+    warp, which need not wait for each other while weights are widened.
+    """
 
     block_rows: int
     block_tokens: int
@@ -73,8 +78,7 @@ def bucket(tokens: int, largest: int = LARGEST_TOKENS) -> int:
 
 def expert_bucket(weight_format: WeightFormat, num_pairs: int, num_experts: int) -> int:
     """The same for an expert's tokens: room for twice the average, so that most experts need one block."""
-    largest = SMALLEST_TOKENS if weight_format == "float32" else LARGEST_EXPERT_TOKENS
-    return bucket(-(-2 * num_pairs // num_experts), largest)
+    return bucket(-(-2 * num_pairs // num_experts), LARGEST_EXPERT_TOKENS.get(weight_format, 64))
 
 
 def candidates(key: Key) -> list[Config]:
@@ -101,13 +105,15 @@ def _for_few(key: Key) -> list[Config]:
         if key.kind == "gate_up":
             shapes = [(64, 64, 6), (64, 64, 10), (64, 128, 3), (64, 128, 5), (128, 64, 3), (128, 64, 6)]
         return [Config(rows, key.tokens, cols, 4, stages) for rows, cols, stages in shapes]
-    # Four warps for each 64 rows: with more, every weight is widened twice.
-    shapes = [(64, 128, stages) for stages in (3, 4, 5, 2)] + [(128, 128, stages) for stages in (3, 4)]
-    return [Config(rows, key.tokens, cols, rows // 16, stages) for rows, cols, stages in shapes]
+    shapes = [(32, 4), (32, 6), (32, 3), (64, 4), (64, 3), (32, 5)]
+    return [Config(rows, key.tokens, 128, 2, stages) for rows, stages in shapes]
 
 
 def _for_many(key: Key) -> list[Config]:
     """Arithmetic takes time, or both: tiles as large as registers bear."""
+    if key.format not in _DENSE_BYTES:
+        tiles = [(32, 64), (64, 64)] + [(32, 128)] * (key.kind == "linear")
+        return [Config(rows, tokens, 128, 2, stages) for stages in (3, 2, 4) for rows, tokens in tiles]
     shapes = [(128, 128, 64, 8), (64, 128, 64, 4)]
     if key.kind == "linear" and key.tokens > 128:
         shapes = [(128, 256, 64, 8), *shapes, (256, 128, 64, 8)]
