@@ -16,7 +16,8 @@ from toptwo_kernels.cuda import experts as module
 from toptwo_kernels.cuda.align import align
 from toptwo_kernels.cuda.device import Device
 from toptwo_kernels.cuda.experts import experts
-from toptwo_kernels.cuda.packing import pack
+from toptwo_kernels.cuda.packing import BLOCK_INPUTS, pack
+from toptwo_kernels.cuda.product import slice_inputs
 from toptwo_kernels.cuda.tuning import candidates
 from toptwo_kernels.ops import Activation, ExpertWeights, Routing, WeightFormat
 from toptwo_kernels.reference.experts import activate
@@ -203,6 +204,20 @@ def test_a_token_has_the_same_bits_alone_and_among_many(
         part = Routing(routing.ids_TK[some].contiguous(), routing.weights_TK[some].contiguous())
         alone = experts(device, x[some].contiguous(), part, layer.weights)
         assert torch.equal(alone, together[some]), some
+
+
+@pytest.mark.parametrize("weight_format", BLOCK_INPUTS)
+def test_slices_of_the_second_product_are_added_in_order(
+    device: Device, normal: Normal, route: Route, weight_format: WeightFormat
+) -> None:
+    """A program for each slice, one for all of them, and either with biases."""
+    layer = Layer(device, normal, (3, 64, 2100), weight_format, biased=True)
+    assert slice_inputs(layer.weights.down) < 2100
+    x, routing = normal(9, 64, dtype=torch.bfloat16), route(9, 3, 2)
+    together = experts(device, x, routing, layer.weights)
+    assert_close(together, layer(x, routing), 2e-2)
+    part = Routing(routing.ids_TK[:2], routing.weights_TK[:2])
+    assert torch.equal(experts(device, x[:2], part, layer.weights), together[:2])
 
 
 @every_format

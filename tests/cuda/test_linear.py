@@ -12,8 +12,9 @@ from torch import Tensor
 from cuda_harness import assert_close
 from toptwo_kernels import reference
 from toptwo_kernels.cuda.device import Device
-from toptwo_kernels.cuda.linear import key, linear, linear_per_head, multiply_heads
-from toptwo_kernels.cuda.packing import pack
+from toptwo_kernels.cuda.linear import FEW_TOKENS, key, linear, linear_per_head, multiply_heads
+from toptwo_kernels.cuda.packing import BLOCK_INPUTS, pack
+from toptwo_kernels.cuda.product import slice_inputs
 from toptwo_kernels.cuda.tuning import candidates
 from toptwo_kernels.ops import WeightFormat
 
@@ -72,6 +73,23 @@ def test_a_row_is_the_same_among_any_others(
         together = linear(device, x[:count], matrix)
         assert torch.equal(together[:1], alone), count
         assert torch.equal(linear(device, x[count - 1 : count], matrix), together[-1:]), count
+
+
+@pytest.mark.parametrize("weight_format", BLOCK_INPUTS)
+@pytest.mark.parametrize("cols", [2048, 3100])
+def test_slices_are_added_in_order(
+    device: Device, normal: Normal, weight_format: WeightFormat, cols: int
+) -> None:
+    """A program for each slice, or one for all of them."""
+    weight, bias = normal(70, cols), normal(70)
+    matrix = pack(device, weight, weight_format)
+    assert 1 < -(-cols // slice_inputs(matrix)) <= 4
+    x = normal(FEW_TOKENS + 1, cols, dtype=torch.bfloat16)
+    together = linear(device, x, matrix, bias)
+    for chosen in (slice(0, 1), slice(3, 20)):
+        assert torch.equal(linear(device, x[chosen], matrix, bias), together[chosen])
+    expected = x.cpu().double() @ stands_for(weight, weight_format)[0].T + bias.cpu().double()
+    assert_close(together, expected, 2e-2)
 
 
 @every_format

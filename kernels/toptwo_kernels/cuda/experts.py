@@ -17,11 +17,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from toptwo_kernels.cuda.align import Blocks, align
 from toptwo_kernels.cuda.device import Device
 from toptwo_kernels.cuda.packing import BLOCK_INPUTS, parts
-from toptwo_kernels.cuda.product import bytes_ahead, fetch_ahead, multiply, order_tiles
+from toptwo_kernels.cuda.product import (
+    bytes_ahead,
+    fetch_ahead,
+    multiply_slices,
+    order_tiles,
+    slice_inputs,
+    slice_words,
+)
 from toptwo_kernels.cuda.tuning import Config, Key, expert_bucket
 from toptwo_kernels.ops import ExpertWeights, Matrix, Routing
 
 FEW_PAIRS = 256  # up to here a program finds its pairs in one vector
+_SPLIT_PAIRS = 16  # up to here slices of the inputs are programs of their own
 _COMBINED_AT_ONCE = 1024
 
 
@@ -30,8 +38,8 @@ def experts(device: Device, x_TH: Tensor, routing: Routing, weights: ExpertWeigh
     pairs = order_pairs(device, routing, weights)
     first, second = (device.tuner.choose(key) for key in keys(weights, routing))
     hidden_PF = multiply_gate_up(device, x_TH, pairs, weights, first)
-    out_PH = multiply_down(device, hidden_PF, pairs, weights, second)
-    return _combine_slots(device, out_PH, routing, x_TH.dtype)
+    out_SPH = multiply_down(device, hidden_PF, pairs, weights, second)
+    return _combine_slots(device, out_SPH, routing, weights.down_bias_EH, x_TH.dtype)
 
 
 def keys(weights: ExpertWeights, routing: Routing) -> tuple[Key, Key]:
@@ -67,23 +75,27 @@ def multiply_gate_up(
 ) -> Tensor:
     """activation(gate(x), up(x)) of every pair [P, F], in x's dtype."""
     matrix = weights.gate_up
-    hidden = (pairs.ids_TK.numel(), matrix.rows // 2)
-    hidden_PF = torch.empty(hidden, dtype=x_TH.dtype, device=x_TH.device)
+    hidden = (1, pairs.ids_TK.numel(), matrix.rows // 2)
+    hidden_SPF = torch.empty(hidden, dtype=x_TH.dtype, device=x_TH.device)
     launch = _Launch(
-        matrix, weights.gate_up_bias_EF, weights.activation, weights.limit, pairs.ids_TK.shape[1]
+        matrix, weights.gate_up_bias_EF, weights.activation, weights.limit, pairs.ids_TK.shape[1], matrix.cols
     )
-    _multiply(device, x_TH, pairs, hidden_PF, launch, config)
-    return hidden_PF
+    _multiply(device, x_TH, pairs, hidden_SPF, launch, config)
+    return hidden_SPF[0]
 
 
 def multiply_down(
     device: Device, hidden_PF: Tensor, pairs: Pairs, weights: ExpertWeights, config: Config
 ) -> Tensor:
-    """down(hidden) of every pair [P, H], in float32."""
-    out_PH = torch.empty((len(hidden_PF), weights.down.rows), dtype=torch.float32, device=hidden_PF.device)
-    launch = _Launch(weights.down, weights.down_bias_EH, "none", 0.0, 1)
-    _multiply(device, hidden_PF, Pairs(pairs.ids_TK, None, pairs.blocks), out_PH, launch, config)
-    return out_PH
+    """down(hidden) of every pair [S, P, H], in float32 and without biases: by slices of the inputs, or one
+    sum."""
+    matrix, slice_cols = weights.down, slice_inputs(weights.down)
+    num_slices = triton.cdiv(matrix.cols, slice_cols) if len(hidden_PF) <= _SPLIT_PAIRS else 1
+    out = (num_slices, len(hidden_PF), matrix.rows)
+    out_SPH = torch.empty(out, dtype=torch.float32, device=hidden_PF.device)
+    launch = _Launch(matrix, None, "none", 0.0, 1, slice_cols)
+    _multiply(device, hidden_PF, Pairs(pairs.ids_TK, None, pairs.blocks), out_SPH, launch, config)
+    return out_SPH
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,7 @@ class _Launch:
     activation: str
     limit: float
     pairs_per_row: int
+    slice_cols: int
 
     @property
     def is_paired(self) -> bool:
@@ -102,19 +115,17 @@ class _Launch:
 
 
 def _multiply(
-    device: Device, x_RI: Tensor, pairs: Pairs, out_PO: Tensor, launch: _Launch, config: Config
+    device: Device, x_RI: Tensor, pairs: Pairs, out_SPO: Tensor, launch: _Launch, config: Config
 ) -> None:
     matrix, blocks = launch.matrix, pairs.blocks
-    num_pairs, num_rows = out_PO.shape
+    num_slices, num_pairs, num_rows = out_SPO.shape
     words, scales = parts(matrix)
     num_blocks = min(num_pairs, matrix.num_matrices) if blocks is None else len(blocks.experts_B)
-    ahead = 0
-    if blocks is None:
-        ahead = bytes_ahead(device, words, num_blocks * matrix.rows)
     options = config.launch()
     if blocks is not None:
         options["BLOCK_T"] = blocks.pairs_BT.shape[1]
-    _multiply_pairs[(num_blocks * triton.cdiv(num_rows, config.block_rows),)](
+    tile_rows = config.block_rows // (2 if launch.is_paired else 1)
+    _multiply_pairs[(num_blocks * triton.cdiv(num_rows, tile_rows), num_slices)](
         x_RI,
         words,
         scales,
@@ -122,16 +133,19 @@ def _multiply(
         pairs.ids_TK if blocks is None else blocks.pairs_BT,
         None if blocks is None else blocks.experts_B,
         pairs.counts_E,
-        out_PO,
+        out_SPO,
         num_blocks,
         num_pairs,
         num_rows,
         matrix.cols,
         launch.limit,
+        launch.slice_cols,
         words.stride(1),
-        ahead,
+        slice_words(matrix, launch.slice_cols) if num_slices > 1 else 0,
+        0 if blocks is not None else bytes_ahead(device, matrix, num_blocks * matrix.rows, num_slices),
         FORMAT=matrix.format,
         ACTIVATION=launch.activation,
+        SPLIT=num_slices > 1,
         EARLY=not launch.is_paired,
         PAIRS_PER_ROW=launch.pairs_per_row,
         PAIRS=triton.next_power_of_2(num_pairs) if blocks is None else 1,
@@ -158,10 +172,13 @@ def _multiply_pairs(
     rows: tl.tensor,
     cols: tl.tensor,
     limit: tl.tensor,
+    slice_cols: tl.tensor,
     row_size: tl.tensor,
+    slice_size: tl.tensor,
     ahead: tl.tensor,
     FORMAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SPLIT: tl.constexpr,
     EARLY: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -173,28 +190,31 @@ def _multiply_pairs(
     BLOCK_K: tl.constexpr,
     GROUP_T: tl.constexpr,
 ) -> None:
-    """A tile of BLOCK_O outputs for a block of one expert's pairs, as `align` makes them; or, when experts is
-    None, for all pairs of one expert: the block is its number, or if SPARSE the number of a pair that has it,
-    and nothing is left to do if an earlier pair has it too.
+    """BLOCK_O rows for a block of one expert's pairs, as `align` makes them; or, when experts is None, for
+    all pairs of one expert: the block is its number, or if SPARSE the number of a pair that has it, and
+    nothing is left to do if an earlier pair has it too.
 
     EARLY: whether pairs and experts were there before what this launch waits for.
     """
     if PDL and not EARLY:
-        # Only now: what comes next may read ids as soon as it is launched.
         gdc_wait()
-        gdc_launch_dependents()
-    block, tile = order_tiles(num_blocks, tl.cdiv(rows, BLOCK_O), GROUP_T)
+    HALVES: tl.constexpr = 1 if ACTIVATION == "none" else 2
+    ROWS: tl.constexpr = BLOCK_O // HALVES
+    block, tile = order_tiles(num_blocks, tl.cdiv(rows, ROWS), GROUP_T)
     at_T = tl.arange(0, BLOCK_T)
+    # Half of the rows are gates, and half the ups that belong to them.
+    half_O = tl.arange(0, BLOCK_O) // ROWS
+    rows_O = tl.minimum(tile * ROWS + tl.arange(0, BLOCK_O) % ROWS, rows - 1)
     if experts is not None:
         expert = tl.load(experts + block)
         if PDL and EARLY:
-            gdc_launch_dependents()
             gdc_wait()
         if expert >= 0:
             pairs_T = tl.load(pairs + block * BLOCK_T + at_T)
             _multiply_tile(
-                x, words, scales, bias, out, expert, pairs_T, pairs_T < num_pairs, tile, rows, cols, limit,
-                FORMAT, ACTIVATION, PAIRS_PER_ROW, EVEN, BLOCK_O, BLOCK_T, BLOCK_K,
+                x, words, scales, bias, out, expert * HALVES + half_O, rows_O, pairs_T, pairs_T < num_pairs,
+                tile, num_pairs, rows, cols, limit, slice_cols,
+                FORMAT, ACTIVATION, SPLIT, PAIRS_PER_ROW, EVEN, BLOCK_O, BLOCK_T, BLOCK_K,
             )  # fmt: skip
     else:
         at_P = tl.arange(0, PAIRS)
@@ -206,14 +226,11 @@ def _multiply_pairs(
         count = tl.sum(mine_P, axis=0)
         if SPARSE:
             count = tl.where(tl.sum(tl.where(at_P < block, mine_P, 0), axis=0) > 0, 0, count)
+        matrix_O = expert * HALVES + half_O
         if PDL:
             if (ahead > 0) & (count > 0):
-                rows_O = tl.minimum(tile * BLOCK_O + tl.arange(0, BLOCK_O), rows - 1)
-                HALVES: tl.constexpr = 1 if ACTIVATION == "none" else 2
-                for half in tl.static_range(HALVES):
-                    fetch_ahead(words, expert * HALVES + half, rows_O, rows, row_size, ahead)
+                fetch_ahead(words + tl.program_id(1) * slice_size, matrix_O * rows + rows_O, row_size, ahead)
             if EARLY:
-                gdc_launch_dependents()
                 gdc_wait()
         if counts is not None and (tile == 0) & (count > 0):
             tl.store(counts + expert, tl.load(counts + expert) + count)
@@ -222,9 +239,12 @@ def _multiply_pairs(
             here_TP = ranks_P[None, :] == (start + at_T)[:, None]
             pairs_T = tl.sum(tl.where(here_TP, at_P[None, :], 0), axis=1)
             _multiply_tile(
-                x, words, scales, bias, out, expert, pairs_T, start + at_T < count, tile, rows, cols, limit,
-                FORMAT, ACTIVATION, PAIRS_PER_ROW, EVEN, BLOCK_O, BLOCK_T, BLOCK_K,
+                x, words, scales, bias, out, matrix_O, rows_O, pairs_T, start + at_T < count,
+                tile, num_pairs, rows, cols, limit, slice_cols,
+                FORMAT, ACTIVATION, SPLIT, PAIRS_PER_ROW, EVEN, BLOCK_O, BLOCK_T, BLOCK_K,
             )  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()  # not before: what comes next would crowd the processors that are free first
 
 
 @triton.jit
@@ -234,41 +254,43 @@ def _multiply_tile(
     scales: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
-    expert: tl.tensor,
+    matrix_O: tl.tensor,
+    rows_O: tl.tensor,
     pairs_T: tl.tensor,
     live_T: tl.tensor,
     tile: tl.tensor,
+    num_pairs: tl.tensor,
     rows: tl.tensor,
     cols: tl.tensor,
     limit: tl.tensor,
+    slice_cols: tl.tensor,
     FORMAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SPLIT: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """out[pair, rows] of one expert; with an activation, of gates and ups joined."""
-    PAIRED: tl.constexpr = ACTIVATION != "none"
-    HALVES: tl.constexpr = 2 if PAIRED else 1
-    rows_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
-    inside_O = tl.minimum(rows_O, rows - 1)
+    """out[pair, rows] of one expert, or of a slice; with an activation, of gates and ups joined."""
     pairs_T = tl.where(live_T, pairs_T, 0).to(tl.int64)
+    slice_id = tl.program_id(1)
     x_T = x + pairs_T // PAIRS_PER_ROW * cols
-    sums_OT, ups_OT = multiply(
-        x_T, words, scales, expert * HALVES, inside_O, rows, cols,
-        FORMAT, PAIRED, EVEN, BLOCK_O, BLOCK_T, BLOCK_K,
+    sums_OT = multiply_slices(
+        x_T, words, scales, matrix_O, rows_O, rows, cols, slice_id, slice_cols,
+        SPLIT, FORMAT, EVEN, BLOCK_O, BLOCK_T, BLOCK_K,
     )  # fmt: skip
     if bias is not None:
-        bias_O = bias + expert * HALVES * rows + inside_O
-        sums_OT += tl.load(bias_O)[:, None]
-        if PAIRED:
-            ups_OT += tl.load(bias_O + rows)[:, None]
-    if PAIRED:
-        sums_OT = _join(sums_OT, ups_OT, limit, ACTIVATION)
-    mask_OT = (rows_O < rows)[:, None] & live_T[None, :]
-    out_OT = out + pairs_T[None, :] * rows + rows_O[:, None]
+        sums_OT += tl.load(bias + matrix_O * rows + rows_O)[:, None]
+    ROWS: tl.constexpr = BLOCK_O if ACTIVATION == "none" else BLOCK_O // 2
+    if ACTIVATION != "none":
+        both_OT2 = tl.permute(tl.reshape(sums_OT, (2, ROWS, BLOCK_T)), (1, 2, 0))
+        gates_OT, ups_OT = tl.split(both_OT2)
+        sums_OT = _join(gates_OT, ups_OT, limit, ACTIVATION)
+    at_O = tile * ROWS + tl.arange(0, ROWS)
+    mask_OT = (at_O < rows)[:, None] & live_T[None, :]
+    out_OT = out + (slice_id * num_pairs + pairs_T)[None, :] * rows + at_O[:, None]
     tl.store(out_OT, sums_OT.to(out.dtype.element_ty), mask=mask_OT)
 
 
@@ -287,16 +309,20 @@ def _join(gate: tl.tensor, up: tl.tensor, limit: tl.tensor, ACTIVATION: tl.const
     return joined
 
 
-def _combine_slots(device: Device, out_PH: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+def _combine_slots(
+    device: Device, out_SPH: Tensor, routing: Routing, bias_EH: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     num_tokens, top_k = routing.ids_TK.shape
-    width = out_PH.shape[1]
-    total_TH = torch.empty((num_tokens, width), dtype=dtype, device=out_PH.device)
+    num_slices, _, width = out_SPH.shape
+    total_TH = torch.empty((num_tokens, width), dtype=dtype, device=out_SPH.device)
     _combine[(num_tokens, triton.cdiv(width, _COMBINED_AT_ONCE))](
-        out_PH,
+        out_SPH,
         routing.ids_TK,
         routing.weights_TK,
+        bias_EH,
         total_TH,
         width,
+        SLICES=num_slices,
         TOP_K=top_k,
         BLOCK_H=_COMBINED_AT_ONCE,
         PDL=device.pdl,
@@ -310,23 +336,31 @@ def _combine(
     out: tl.tensor,
     ids: tl.tensor,
     weights: tl.tensor,
+    bias: tl.tensor,
     total: tl.tensor,
     width: tl.tensor,
+    SLICES: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """total [T, H] = the sum of out [T, K, H] times weights [T, K], in the order of slots."""
+    """total [T, H] = the sum over slots, in order, of weights [T, K] times what out [S, T, K, H] adds up to,
+    with the expert's bias [E, H]."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
+    token, num_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     at_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     sum_H = tl.zeros([BLOCK_H], tl.float32)
     for slot in tl.static_range(TOP_K):
-        pair = token * TOP_K + slot
-        live = tl.load(ids + pair) >= 0
-        out_H = tl.load(out + pair * width + at_H, mask=live & (at_H < width), other=0.0)
+        expert = tl.load(ids + token * TOP_K + slot)
+        live = expert >= 0
+        out_H = tl.zeros([BLOCK_H], tl.float32)
+        for slice_id in tl.static_range(SLICES):
+            pair = (slice_id * num_tokens + token) * TOP_K + slot
+            out_H += tl.load(out + pair * width + at_H, mask=live & (at_H < width), other=0.0)
+        if bias is not None:
+            out_H += tl.load(bias + expert * width + at_H, mask=live & (at_H < width), other=0.0)
         # A padding token's weight may be anything, NaN included.
-        sum_H += out_H * tl.where(live, tl.load(weights + pair), 0.0)
+        sum_H += out_H * tl.where(live, tl.load(weights + token * TOP_K + slot), 0.0)
     tl.store(total + token * width + at_H, sum_H.to(total.dtype.element_ty), mask=at_H < width)

@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from toptwo_kernels.cuda.device import Device
+from toptwo_kernels.cuda.packing import BLOCK_INPUTS, parts
 from toptwo_kernels.cuda.support import is_interpreted
 from toptwo_kernels.cuda.widen import find_scales, load_scales, widen_part
+from toptwo_kernels.ops import GROUP, Matrix
 
 # The interpreter multiplies bfloat16 numbers as integers; float32 ones have the same products.
 _WIDENED = tl.constexpr(is_interpreted())
 _GROUP = tl.constexpr(32)  # inputs that share a scale, and that a block of words unfolds into at a time
 _AHEAD = 16 << 20  # bytes asked for by a launch before it computes: a third of the L2 cache of large cards
-_LEAST_AHEAD, _PARTS_AHEAD = 128, 64  # bytes of a row, and what they are a multiple of
+_MANY_ROWS, _MANY_MATRICES = 16384, 16  # outputs, or heads and experts, that need no slices
+_LEAST_SLICE, _MOST_SLICES, _SLICE_UNIT = 1024, 4, 256
+_LEAST_AHEAD, _PARTS_AHEAD = 128, 64  # bytes of a row's slice, and what they are a multiple of
 
 
-def bytes_ahead(device: Device, words_XRC: Tensor, num_rows: int) -> int:
-    """How much of each row's beginning `fetch_ahead` is to ask for when a launch reads num_rows rows once."""
-    size = words_XRC.stride(1) * words_XRC.element_size()
-    ahead = min(size, _AHEAD // num_rows) // _PARTS_AHEAD * _PARTS_AHEAD
-    return ahead if device.pdl and size % 16 == 0 and ahead >= _LEAST_AHEAD else 0
+def bytes_ahead(device: Device, matrix: Matrix, num_rows: int, num_slices: int) -> int:
+    """How much of the beginning of each row's slices `fetch_ahead` is to ask for when a launch reads num_rows
+    rows once."""
+    words, _ = parts(matrix)
+    size = words.stride(1) * words.element_size()
+    ahead = min(size, _AHEAD // num_rows) // num_slices // _PARTS_AHEAD * _PARTS_AHEAD
+    is_even = size % 16 == 0 and (num_slices == 1 or matrix.cols % (num_slices * _SLICE_UNIT) == 0)
+    return ahead if device.pdl and is_even and ahead >= _LEAST_AHEAD else 0
 
 
 @triton.jit
@@ -42,20 +48,35 @@ def order_tiles(num_blocks: tl.tensor, num_tiles: tl.tensor, GROUP_T: tl.constex
     return first + within % size, within // size
 
 
+def slice_inputs(matrix: Matrix) -> int:
+    """Inputs that are summed up by themselves, of a matrix whose outputs alone would occupy few warps.
+
+    Slices are then added in order, by whoever has one or all of them. Dense weights are one slice: tiles of
+    them are large, and arithmetic takes none of their time.
+    """
+    rows = matrix.rows * (matrix.num_matrices if matrix.num_matrices > _MANY_MATRICES else 1)
+    if matrix.format not in BLOCK_INPUTS or rows > _MANY_ROWS:
+        return matrix.cols
+    slices = max(1, min(_MOST_SLICES, matrix.cols // _LEAST_SLICE))
+    return -(-matrix.cols // (slices * _SLICE_UNIT)) * _SLICE_UNIT
+
+
+def slice_words(matrix: Matrix, slice_cols: int) -> int:
+    """Numbers of a row of words that a slice has."""
+    return slice_cols // BLOCK_INPUTS[matrix.format] * GROUP
+
+
 @triton.jit
-def fetch_ahead(
-    words: tl.tensor, matrix: tl.tensor, rows_O: tl.tensor, rows: tl.tensor, size: tl.tensor, ahead: tl.tensor
-) -> None:
-    """Ask for the first `ahead` bytes of a matrix's rows, to lie in the L2 cache when they are read.
+def fetch_ahead(words: tl.tensor, rows_O: tl.tensor, size: tl.tensor, ahead: tl.tensor) -> None:
+    """Ask for the first `ahead` bytes of rows, to lie in the L2 cache when they are read.
 
     What runs in front of a product keeps memory less busy than a product does: weights come while it waits
-    for its turn. Needs compute capability 9.0. size: of a row, in numbers. ahead: see `bytes_ahead`.
+    for its turn. Needs compute capability 9.0. rows_O: of the whole stack. size: of a row, in numbers.
+    ahead: see `bytes_ahead`.
     """
-    at_X = tl.arange(0, 4)
     part = ahead // 4
-    rows_OX = (words + (matrix.to(tl.int64) * rows + rows_O) * size)[:, None].to(tl.int64) + (at_X * part)[
-        None, :
-    ]
+    starts_O = (words + rows_O.to(tl.int64) * size).to(tl.int64)
+    rows_OX = starts_O[:, None] + (tl.arange(0, 4) * part)[None, :]
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
         "=r,l,r",
@@ -67,47 +88,51 @@ def fetch_ahead(
 
 
 @triton.jit
-def multiply(
+def multiply_slices(
     x_T: tl.tensor,
     words: tl.tensor,
     scales: tl.tensor,
-    matrix: tl.tensor,
+    matrix_O: tl.tensor,
     rows_O: tl.tensor,
     rows: tl.tensor,
     cols: tl.tensor,
+    slice_id: tl.tensor,
+    slice_cols: tl.tensor,
+    SPLIT: tl.constexpr,
     FORMAT: tl.constexpr,
-    PAIRED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """Products [BLOCK_O, BLOCK_T] in float32 of a matrix's rows with tokens, and of the next matrix's.
+    """Products [BLOCK_O, BLOCK_T] in float32 of rows with tokens: of one slice of their inputs if SPLIT, else
+    of all.
 
-    x_T: addresses of the tokens' first inputs, of which there are cols. rows_O: rows of the matrix, none
-    behind its last. PAIRED: whether the next matrix is wanted; else its sums are zeros. EVEN: cols is a
-    multiple of BLOCK_K, or of the format's block.
+    x_T: addresses of the tokens' first inputs, of which there are cols. matrix_O, rows_O: which matrix of the
+    stack each row is in, and where. EVEN: cols is a multiple of BLOCK_K, or of the format's block.
     """
     if FORMAT == "int8" or FORMAT == "int4" or FORMAT == "fp8":
-        sums_OT, next_sums_OT = _multiply_words(
-            x_T, words, scales, matrix, rows_O, rows, cols, FORMAT, PAIRED, EVEN, BLOCK_O, BLOCK_T
-        )
+        sums_OT = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
+        start = slice_id * slice_cols if SPLIT else 0
+        stop = start + slice_cols if SPLIT else cols
+        for first in range(start, stop, slice_cols):
+            sums_OT += _multiply_words(
+                x_T, words, scales, matrix_O, rows_O, rows, cols, first, tl.minimum(first + slice_cols, cols),
+                FORMAT, EVEN, BLOCK_O, BLOCK_T,
+            )  # fmt: skip
     else:
-        sums_OT, next_sums_OT = _multiply_dense(
-            x_T, words, matrix, rows_O, rows, cols, PAIRED, EVEN, BLOCK_O, BLOCK_T, BLOCK_K
+        sums_OT = _multiply_dense(
+            x_T, words, matrix_O.to(tl.int64) * rows + rows_O, cols, EVEN, BLOCK_O, BLOCK_T, BLOCK_K
         )
-    return sums_OT, next_sums_OT
+    return sums_OT
 
 
 @triton.jit
 def _multiply_dense(
     x_T: tl.tensor,
-    words: tl.tensor,
-    matrix: tl.tensor,
+    weights: tl.tensor,
     rows_O: tl.tensor,
-    rows: tl.tensor,
     cols: tl.tensor,
-    PAIRED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -116,27 +141,18 @@ def _multiply_dense(
     POLICY: tl.constexpr = _policy(BLOCK_T)
     at_K = tl.arange(0, BLOCK_K)
     x_TK = x_T[:, None] + at_K[None, :]
-    first_row = matrix.to(tl.int64) * rows
-    weight_OK = words + (first_row + rows_O)[:, None] * cols + at_K[None, :]
-    next_OK = weight_OK + rows.to(tl.int64) * cols
+    weights_OK = weights + rows_O[:, None] * cols + at_K[None, :]
     sums_OT = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
-    next_sums_OT = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
     for start in range(0, cols, BLOCK_K):
         if EVEN:
             tokens_TK = tl.load(x_TK + start)
-            rows_OK = tl.load(weight_OK + start, eviction_policy=POLICY)
+            block_OK = tl.load(weights_OK + start, eviction_policy=POLICY)
         else:
             inside_K = (start + at_K < cols)[None, :]
             tokens_TK = tl.load(x_TK + start, mask=inside_K, other=0.0)
-            rows_OK = tl.load(weight_OK + start, mask=inside_K, other=0.0, eviction_policy=POLICY)
-        sums_OT = _dot(rows_OK, tokens_TK, sums_OT)
-        if PAIRED:
-            if EVEN:
-                next_rows_OK = tl.load(next_OK + start, eviction_policy=POLICY)
-            else:
-                next_rows_OK = tl.load(next_OK + start, mask=inside_K, other=0.0, eviction_policy=POLICY)
-            next_sums_OT = _dot(next_rows_OK, tokens_TK, next_sums_OT)
-    return sums_OT, next_sums_OT
+            block_OK = tl.load(weights_OK + start, mask=inside_K, other=0.0, eviction_policy=POLICY)
+        sums_OT = _dot(block_OK, tokens_TK, sums_OT)
+    return sums_OT
 
 
 @triton.jit
@@ -144,33 +160,30 @@ def _multiply_words(
     x_T: tl.tensor,
     words: tl.tensor,
     scales: tl.tensor,
-    matrix: tl.tensor,
+    matrix_O: tl.tensor,
     rows_O: tl.tensor,
     rows: tl.tensor,
     cols: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
     FORMAT: tl.constexpr,
-    PAIRED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ) -> tl.tensor:
     PARTS: tl.constexpr = 2 if FORMAT == "int4" else 1  # of a block of words, of four groups each
     PART: tl.constexpr = 4 * _GROUP
+    BLOCK: tl.constexpr = PARTS * PART
     POLICY: tl.constexpr = _policy(BLOCK_T)
     at_K, at_G = tl.arange(0, PART), tl.arange(0, _GROUP)
     x_TK = x_T[:, None] + at_K[None, :]
-    num_blocks = tl.cdiv(cols, PARTS * PART)
-    first_row = matrix.to(tl.int64) * rows
-    words_OG = words + (first_row + rows_O)[:, None] * (num_blocks * _GROUP) + at_G[None, :]
-    next_words_OG = words_OG + rows.to(tl.int64) * (num_blocks * _GROUP)
-    scales_O = find_scales(scales, matrix, num_blocks, rows_O, rows, FORMAT)
-    next_scales_O = find_scales(scales, matrix + 1, num_blocks, rows_O, rows, FORMAT)
+    num_blocks = tl.cdiv(cols, BLOCK)
+    row_words = (num_blocks * _GROUP).to(tl.int64)
+    words_OG = words + ((matrix_O * rows + rows_O) * row_words)[:, None] + at_G[None, :]
+    scales_O = find_scales(scales, matrix_O, num_blocks, rows_O, rows, FORMAT)
     sums_OT = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
-    next_sums_OT = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
-    for block in range(num_blocks):
+    for block in range(first // BLOCK, tl.cdiv(last, BLOCK)):
         block_OG = tl.load(words_OG + block * _GROUP, eviction_policy=POLICY)
-        if PAIRED:
-            next_block_OG = tl.load(next_words_OG + block * _GROUP, eviction_policy=POLICY)
         for part in tl.static_range(PARTS):
             start = (block * PARTS + part) * PART
             if EVEN:
@@ -180,11 +193,7 @@ def _multiply_words(
             here_O = load_scales(scales_O, block, part, rows, FORMAT)
             weights_OK = widen_part(block_OG, here_O, part, FORMAT, tokens_TK.dtype)
             sums_OT = _dot(weights_OK, tokens_TK, sums_OT)
-            if PAIRED:
-                next_here_O = load_scales(next_scales_O, block, part, rows, FORMAT)
-                next_weights_OK = widen_part(next_block_OG, next_here_O, part, FORMAT, tokens_TK.dtype)
-                next_sums_OT = _dot(next_weights_OK, tokens_TK, next_sums_OT)
-    return sums_OT, next_sums_OT
+    return sums_OT
 
 
 @triton.constexpr_function

@@ -21,7 +21,7 @@ from toptwo_kernels.ops import WeightFormat
 
 Kind = Literal["linear", "gate_up", "down"]
 SMALLEST_TOKENS, LARGEST_TOKENS = 16, 1024
-LARGEST_EXPERT_TOKENS: dict[str, int] = {"float32": 16, "bfloat16": 128, "float16": 128}
+LARGEST_EXPERT_TOKENS = 128
 _DENSE_BYTES: dict[WeightFormat, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SHARED_BYTES = 220 << 10  # shared memory of a processor, less what kernels need besides
 _SHIPPED = Path(__file__).parent / "tuned"
@@ -29,13 +29,12 @@ _SHIPPED = Path(__file__).parent / "tuned"
 
 @dataclass(frozen=True)
 class Config:
-    """One program computes block_rows outputs of block_tokens tokens, from block_cols inputs at a time in
-    dense formats, fetched num_stages - 1 blocks ahead. Programs of `group` blocks of tokens run beside each
-    other, sharing weights.
+    """One program computes block_rows outputs (of gates and ups half as many each) of block_tokens tokens,
+    from block_cols inputs at a time in dense formats, fetched num_stages - 1 blocks ahead. Programs of
+    `group` blocks of tokens run beside each other, sharing weights.
 
-    Triton chooses matrix instructions by these numbers, and bits could follow: dense formats have 64 rows at
-    least and warps in fours, for those of four warps together; the others have two warps, for those of one
-    warp, which need not wait for each other while weights are widened.
+    Triton chooses matrix instructions by these numbers. On the cards that there are, up to compute capability
+    9.0, those of one warp and those of four together give the same bits (tests/cuda/test_experts.py).
     """
 
     block_rows: int
@@ -78,7 +77,8 @@ def bucket(tokens: int, largest: int = LARGEST_TOKENS) -> int:
 
 def expert_bucket(weight_format: WeightFormat, num_pairs: int, num_experts: int) -> int:
     """The same for an expert's tokens: room for twice the average, so that most experts need one block."""
-    return bucket(-(-2 * num_pairs // num_experts), LARGEST_EXPERT_TOKENS.get(weight_format, 64))
+    largest = SMALLEST_TOKENS if weight_format == "float32" else LARGEST_EXPERT_TOKENS
+    return bucket(-(-2 * num_pairs // num_experts), largest)
 
 
 def candidates(key: Key) -> list[Config]:
@@ -91,37 +91,49 @@ def candidates(key: Key) -> list[Config]:
 
 
 def _for_few(key: Key) -> list[Config]:
-    """Reading weights is what takes time: as many bytes on the way as fit."""
-    if key.format in _DENSE_BYTES:
+    """Reading weights is what takes time: as many bytes on the way as fit, and of weights that are to be
+    widened as many warps as fit."""
+    if key.format not in _DENSE_BYTES:
         shapes = [
-            (64, 128, 4),
-            (64, 128, 6),
-            (64, 64, 10),
-            (64, 256, 3),
-            (64, 64, 6),
-            (128, 64, 6),
-            (128, 128, 4),
+            (32, 2, 4),
+            (32, 2, 6),
+            (64, 2, 3),
+            (64, 2, 4),
+            (64, 4, 4),
+            (64, 4, 5),
+            (64, 4, 3),
+            (128, 8, 4),
         ]
-        if key.kind == "gate_up":
-            shapes = [(64, 64, 6), (64, 64, 10), (64, 128, 3), (64, 128, 5), (128, 64, 3), (128, 64, 6)]
-        return [Config(rows, key.tokens, cols, 4, stages) for rows, cols, stages in shapes]
-    shapes = [(32, 4), (32, 6), (32, 3), (64, 4), (64, 3), (32, 5)]
-    return [Config(rows, key.tokens, 128, 2, stages) for rows, stages in shapes]
+        return [Config(rows, key.tokens, 128, warps, stages) for rows, warps, stages in shapes]
+    shapes = [
+        (64, 128, 6),
+        (64, 128, 4),
+        (64, 64, 10),
+        (64, 256, 3),
+        (128, 64, 6),
+        (128, 128, 4),
+        (64, 64, 6),
+    ]
+    if key.kind == "gate_up":
+        shapes = [(128, 128, 5), (128, 64, 10), (128, 64, 6), (64, 128, 6), (64, 64, 10), (256, 64, 3)]
+    return [Config(rows, key.tokens, cols, 4, stages) for rows, cols, stages in shapes]
 
 
 def _for_many(key: Key) -> list[Config]:
     """Arithmetic takes time, or both: tiles as large as registers bear."""
     if key.format not in _DENSE_BYTES:
-        tiles = [(32, 64), (64, 64)] + [(32, 128)] * (key.kind == "linear")
-        return [Config(rows, tokens, 128, 2, stages) for stages in (3, 2, 4) for rows, tokens in tiles]
-    shapes = [(128, 128, 64, 8), (64, 128, 64, 4)]
-    if key.kind == "linear" and key.tokens > 128:
-        shapes = [(128, 256, 64, 8), *shapes, (256, 128, 64, 8)]
-    return [Config(*shape, stages) for stages in (4, 3, 2) for shape in shapes]
+        tiles = [(64, 128, 128, 4), (128, 128, 128, 8), (32, 128, 128, 2)]
+        return [Config(*tile, stages) for stages in (3, 2) for tile in tiles]
+    tiles = [(128, 128, 64, 8), (64, 128, 64, 4)]
+    if key.kind == "gate_up":
+        tiles = [(256, 128, 64, 8), (128, 128, 64, 8), (128, 128, 64, 4)]
+    elif key.kind == "linear" and key.tokens > 128:
+        tiles = [(128, 256, 64, 8), *tiles, (256, 128, 64, 8)]
+    return [Config(*tile, stages) for stages in (4, 3, 2) for tile in tiles]
 
 
 def _shared_bytes(key: Key, config: Config) -> int:
-    weights = config.block_rows * (2 if key.kind == "gate_up" else 1)
+    weights = config.block_rows
     if key.format in _DENSE_BYTES:
         columns = config.block_cols * _DENSE_BYTES[key.format]
         return config.num_stages * columns * (weights + config.block_tokens)

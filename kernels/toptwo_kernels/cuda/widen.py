@@ -28,7 +28,7 @@ _FP8_CODE = tl.constexpr(
 @triton.jit
 def find_scales(
     scales: tl.tensor,
-    matrix: tl.tensor,
+    matrix_O: tl.tensor,
     num_blocks: tl.tensor,
     rows_O: tl.tensor,
     rows: tl.tensor,
@@ -36,10 +36,10 @@ def find_scales(
 ) -> tl.tensor:
     """Addresses of what the rows' first block needs, as `packing` lays it out."""
     if FORMAT == "fp8":
-        scales_O = scales + (matrix * tl.cdiv(rows, _FP8_ROWS) + rows_O // _FP8_ROWS) * num_blocks
+        scales_O = scales + (matrix_O * tl.cdiv(rows, _FP8_ROWS) + rows_O // _FP8_ROWS) * num_blocks
     else:
         WORDS: tl.constexpr = 1 if FORMAT == "int8" else 4
-        scales_O = scales + matrix.to(tl.int64) * num_blocks * WORDS * rows + rows_O
+        scales_O = scales + matrix_O.to(tl.int64) * (num_blocks * WORDS * rows) + rows_O
     return scales_O
 
 
