@@ -16,6 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from card import Card, measure_card, median_seconds
 from published import MIXTRAL_8X7B
 from toptwo.engine.blocks import BlockPool
 from toptwo.engine.scheduler import Scheduler, SchedulerLimits
-from toptwo.messages import GenerateRequest, SamplingParams
+from toptwo.messages import GenerateRequest, SamplingParams, StepResult
 from toptwo.models.checkpoint import WeightSpec
 from toptwo.models.registry import read_config
 from toptwo.runtime.build import Runtime, build_runtime
@@ -110,8 +112,8 @@ class Bench:
         return Line(f"prompt of {tokens}", seconds, tokens, operations / self.card.bf16_peak)
 
     def serve(self, rows: int, context: int, tokens: int) -> tuple[Line, float]:
-        """The scheduler and the runner as the engine runs them; prompts, then decode steps. Returns the
-        decode line, and prompt tokens per second."""
+        """The scheduler and the runner as the engine runs them, a step planned while one runs; prompts, then
+        decode steps. Returns the decode line, and prompt tokens per second."""
         info = self.runtime.info
         limits = SchedulerLimits(
             info.vocab_size, info.max_model_len, info.max_num_seqs, info.max_step_tokens, False
@@ -121,18 +123,23 @@ class Bench:
             prompt = [(index * 7919 + position * 31) % info.vocab_size for position in range(context)]
             sampling = SamplingParams(seed=index, temperature=0.8, top_p=0.9)
             scheduler.add(GenerateRequest(str(index), prompt, sampling, tokens))
-        began, steps = time.perf_counter(), []
-        in_prompts = 0.0
-        while scheduler.has_work:
-            started = time.perf_counter()
+        launched: deque[tuple[int, Callable[[], StepResult]]] = deque()
+        began, steps, in_prompts = time.perf_counter(), [], 0.0
+        last = began
+        while scheduler.has_work or launched:
             plan = scheduler.plan()
-            assert plan is not None
-            scheduler.apply(self.runtime.runner.execute(plan))
-            elapsed = time.perf_counter() - started
-            if len(plan.rows) == rows and all(row.num_tokens == 1 for row in plan.rows):
-                steps.append(elapsed)
-            elif not steps:
-                in_prompts = time.perf_counter() - began
+            if plan:
+                decoding = all(row.num_tokens == 1 for row in plan.rows)
+                launched.append((len(plan.rows) * decoding, self.runtime.runner.launch(plan)))
+            if len(launched) > (1 if plan else 0):
+                decoding_rows, result = launched.popleft()
+                scheduler.apply(result())
+                now = time.perf_counter()
+                if decoding_rows == rows:
+                    steps.append(now - last)
+                elif not steps:
+                    in_prompts = now - began
+                last = now
         seconds = statistics.median(steps[3:])
         return Line(f"engine, {rows} x {context}", seconds, rows, math.nan), rows * context / in_prompts
 
@@ -200,6 +207,7 @@ def show(bench: Bench, lines: list[Line]) -> None:
     Console(width=120).print(table)
 
 
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--random-weights", choices=sorted(MODELS), default="mixtral-8x7b")

@@ -37,7 +37,7 @@ from toptwo_kernels.ops import Matrix, StepBatch
 from toptwo_kernels.registry import load_backend
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
-PROMPT, SHORT, LONG = 16, 8, 40
+PROMPT, SHORT, LONG = 16, 8, 24
 
 
 class ModelInMemory:
@@ -171,7 +171,11 @@ def main() -> None:
         tokens, ours = run_ours(step, prompt)
         print(f"batch {rows}: toptwo {ours * 1e3:.2f} ms a step, {rows / ours:,.0f} tokens/s", flush=True)
         for implementation in IMPLEMENTATIONS:
-            others, seconds = run_theirs(theirs, prompt, implementation)
+            try:
+                others, seconds = run_theirs(theirs, prompt, implementation)
+            except torch.cuda.OutOfMemoryError:
+                print(f"  transformers, {implementation}: needs more memory than the card has", flush=True)
+                continue
             same = (others == tokens).long().cumprod(1).sum(1).float().mean()
             print(
                 f"  transformers, {implementation}: {seconds * 1e3:.2f} ms, {rows / seconds:,.0f} tokens/s; "

@@ -17,7 +17,7 @@ ALL = [
     for kind in ("linear", "gate_up", "down")
     for weight_format in ("float32", "bfloat16", "float16", "int8", "int4", "fp8")
     for tokens in (16, 32, 64, 128, 256, 1024)
-    if kind == "linear" or tokens <= (16 if weight_format == "float32" else 128)
+    if kind == "linear" or tokens <= (16 if weight_format == "float32" else 1024)
 ]
 
 
@@ -34,7 +34,7 @@ def test_candidates_keep_bits_and_fit(key: Key) -> None:
     for config in found:
         assert config.num_warps in (2, 4, 8)
         if key.kind != "linear":
-            assert config.block_tokens == key.tokens, "both products of an expert share its blocks"
+            assert config.block_tokens == min(key.tokens, 128), "both products of an expert share its blocks"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from toptwo_kernels.cuda.product import (
     slice_inputs,
     slice_words,
 )
-from toptwo_kernels.cuda.tuning import Config, Key, expert_bucket
+from toptwo_kernels.cuda.tuning import LARGEST_BLOCK, Config, Key, expert_bucket
 from toptwo_kernels.ops import ExpertWeights, Matrix, Routing
 
 FEW_PAIRS = 256  # up to here a program finds its pairs in one vector
@@ -65,8 +65,8 @@ def order_pairs(device: Device, routing: Routing, weights: ExpertWeights) -> Pai
     """The step's pairs, in blocks if they are many."""
     if routing.ids_TK.numel() <= FEW_PAIRS:
         return Pairs(routing.ids_TK, routing.counts_E, None)
-    tokens = keys(weights, routing)[0].tokens
-    blocks = align(device, routing.ids_TK, weights.gate_up.num_matrices, tokens, routing.counts_E)
+    block = min(keys(weights, routing)[0].tokens, LARGEST_BLOCK)
+    blocks = align(device, routing.ids_TK, weights.gate_up.num_matrices, block, routing.counts_E)
     return Pairs(routing.ids_TK, None, blocks)
 
 

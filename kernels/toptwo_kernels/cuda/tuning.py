@@ -21,7 +21,7 @@ from toptwo_kernels.ops import WeightFormat
 
 Kind = Literal["linear", "gate_up", "down"]
 SMALLEST_TOKENS, LARGEST_TOKENS = 16, 1024
-LARGEST_EXPERT_TOKENS = 128
+LARGEST_BLOCK = 128  # tokens of an expert that a program computes
 _DENSE_BYTES: dict[WeightFormat, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SHARED_BYTES = 220 << 10  # shared memory of a processor, less what kernels need besides
 _SHIPPED = Path(__file__).parent / "tuned"
@@ -76,14 +76,14 @@ def bucket(tokens: int, largest: int = LARGEST_TOKENS) -> int:
 
 
 def expert_bucket(weight_format: WeightFormat, num_pairs: int, num_experts: int) -> int:
-    """The same for an expert's tokens: room for twice the average, so that most experts need one block."""
-    largest = SMALLEST_TOKENS if weight_format == "float32" else LARGEST_EXPERT_TOKENS
+    """The same for an expert's tokens: room for twice the average, so that few need one block more."""
+    largest = SMALLEST_TOKENS if weight_format == "float32" else LARGEST_TOKENS
     return bucket(-(-2 * num_pairs // num_experts), largest)
 
 
 def candidates(key: Key) -> list[Config]:
-    """At most eight that may be fastest, the guess first. An expert's blocks have key.tokens tokens, as both
-    of its products share them."""
+    """At most eight that may be fastest, the guess first. An expert's blocks have key.tokens tokens or the
+    most that a block has, as both of its products share them."""
     if key.format == "float32":
         return [Config(64, 16, 32, 4, 3)]
     found = _for_few(key) if key.tokens <= 64 else _for_many(key)
@@ -127,7 +127,9 @@ def _for_many(key: Key) -> list[Config]:
     tiles = [(128, 128, 64, 8), (64, 128, 64, 4)]
     if key.kind == "gate_up":
         tiles = [(256, 128, 64, 8), (128, 128, 64, 8), (128, 128, 64, 4)]
-    elif key.kind == "linear" and key.tokens > 128:
+    elif key.kind == "down":
+        tiles = [*tiles, (256, 128, 64, 8)]
+    elif key.tokens > 128:
         tiles = [(128, 256, 64, 8), *tiles, (256, 128, 64, 8)]
     return [Config(*tile, stages) for stages in (4, 3, 2) for tile in tiles]
 
