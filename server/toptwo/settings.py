@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     chat_template: Path | None = Field(
         None, description="Jinja file that replaces the model's chat template, or gives it one."
     )
-    device: Device = Field("auto", description="Where the model runs; auto is a GPU where there is one.")
+    device: Device = Field("auto", description="Where the model runs; auto is the processor.")
     dtype: Dtype = Field(
         "auto",
         description="Number format of weights and KV cache; auto is float32, with float16 for the KV cache "

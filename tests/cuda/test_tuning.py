@@ -94,3 +94,13 @@ def test_a_directory_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
     tuner.tune(KEY, slowest_guess)
     tuner.save()
     assert tuner.choose(KEY) == candidates(KEY)[-1]
+
+
+@pytest.mark.parametrize("path", sorted((Path(tuning.__file__).parent / "tuned").glob("*.json")), ids=str)
+def test_what_we_ship_is_a_choice_of_ours(path: Path) -> None:
+    shipped = json.loads(path.read_text())
+    assert shipped
+    for text, fields in shipped.items():
+        kind, weight_format, rows, cols, tokens = text.split("/")
+        key = Key(kind, weight_format, int(rows), int(cols), int(tokens))  # type: ignore[arg-type]
+        assert Config(**fields) in candidates(key), key

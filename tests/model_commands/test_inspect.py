@@ -192,7 +192,6 @@ def test_what_fits_is_what_serve_would_do(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (200 * GIB, 200 * GIB))
     monkeypatch.setattr(support, "problem", lambda: "")
-    monkeypatch.setenv("TOPTWO_DEVICE", "cpu")
     monkeypatch.setattr(inspect_machine, "available_memory", lambda: 52 * GIB)
     report = report_of(directory)
     assert report["machine"]["vram_bytes"] == 200 * GIB
@@ -217,7 +216,7 @@ def test_what_fits_is_what_serve_would_do(tmp_path: Path, monkeypatch: pytest.Mo
     assert "the weights need 46.2 GiB as int8 and 8.0 GiB of memory are available" in report["serve_problem"]
     assert "cannot: the weights need 46.2 GiB as int8" in " ".join(text_of(directory).split())
     assert "does not fit" in text_of(directory)
-    monkeypatch.setenv("TOPTWO_DEVICE", "auto")
+    monkeypatch.setenv("TOPTWO_DEVICE", "cuda")
     serve = report_of(directory)["serve"]
     assert (serve["device"], serve["quantization"], serve["dtype"]) == ("cuda", "none", "bfloat16")
     assert serve["context_tokens"] == 32768

@@ -22,7 +22,7 @@ from toptwo_kernels.cuda.splits import decode_kernel, join_kernel, prompt_kernel
 from toptwo_kernels.ops import AttentionSpec, KVCache, Rope
 
 _LOG2_E = log2(e)
-_PROGRAMS_PER_PROCESSOR = 4  # of the decode kernel; memory is kept busy by what several have on its way
+_PROGRAMS_PER_PROCESSOR = 8  # of the decode kernel; memory is kept busy by what several have on its way
 _TURNED_HEADS = 8  # of a token, in one program
 _NARROW = 128  # widest key whose queries and sums for 128 rows fit the registers of 8 warps
 _SMALLEST_DOT = 16
@@ -76,7 +76,7 @@ class Tile:
         if element_size == 4:
             return cls(64, 32 if narrow else 16, min(value, 256), 4 if narrow else 8, 1)
         if narrow:
-            return cls(64, 64, value, 4, 3) if decoding else cls(128, 64, value, 8, 3)
+            return cls(64, 64, value, 4, 2) if decoding else cls(128, 64, value, 8, 3)
         return cls(64, 32, value if decoding else min(value, 256), 8, 2)
 
 

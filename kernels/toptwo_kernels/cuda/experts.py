@@ -17,14 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from toptwo_kernels.cuda.align import Blocks, align
 from toptwo_kernels.cuda.device import Device
 from toptwo_kernels.cuda.packing import BLOCK_INPUTS, parts
-from toptwo_kernels.cuda.product import (
-    bytes_ahead,
-    fetch_ahead,
-    multiply_slices,
-    order_tiles,
-    slice_inputs,
-    slice_words,
-)
+from toptwo_kernels.cuda.product import multiply_slices, order_tiles, slice_inputs
 from toptwo_kernels.cuda.tuning import LARGEST_BLOCK, Config, Key, expert_bucket
 from toptwo_kernels.ops import ExpertWeights, Matrix, Routing
 
@@ -140,9 +133,6 @@ def _multiply(
         matrix.cols,
         launch.limit,
         launch.slice_cols,
-        words.stride(1),
-        slice_words(matrix, launch.slice_cols) if num_slices > 1 else 0,
-        0 if blocks is not None else bytes_ahead(device, matrix, num_blocks * matrix.rows, num_slices),
         FORMAT=matrix.format,
         ACTIVATION=launch.activation,
         SPLIT=num_slices > 1,
@@ -173,9 +163,6 @@ def _multiply_pairs(
     cols: tl.tensor,
     limit: tl.tensor,
     slice_cols: tl.tensor,
-    row_size: tl.tensor,
-    slice_size: tl.tensor,
-    ahead: tl.tensor,
     FORMAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -227,11 +214,8 @@ def _multiply_pairs(
         if SPARSE:
             count = tl.where(tl.sum(tl.where(at_P < block, mine_P, 0), axis=0) > 0, 0, count)
         matrix_O = expert * HALVES + half_O
-        if PDL:
-            if (ahead > 0) & (count > 0):
-                fetch_ahead(words + tl.program_id(1) * slice_size, matrix_O * rows + rows_O, row_size, ahead)
-            if EARLY:
-                gdc_wait()
+        if PDL and EARLY:
+            gdc_wait()
         if counts is not None and (tile == 0) & (count > 0):
             tl.store(counts + expert, tl.load(counts + expert) + count)
         ranks_P = tl.where(mine_P > 0, tl.cumsum(mine_P, axis=0) - 1, -1)

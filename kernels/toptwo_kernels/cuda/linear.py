@@ -10,18 +10,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from toptwo_kernels.cuda.device import Device
 from toptwo_kernels.cuda.packing import BLOCK_INPUTS, parts
-from toptwo_kernels.cuda.product import (
-    bytes_ahead,
-    fetch_ahead,
-    multiply_slices,
-    order_tiles,
-    slice_inputs,
-    slice_words,
-)
+from toptwo_kernels.cuda.product import multiply_slices, order_tiles, slice_inputs
 from toptwo_kernels.cuda.tuning import Config, Key, bucket
 from toptwo_kernels.ops import Matrix
 
-FEW_TOKENS = 64  # up to here reading weights is what takes time
+FEW_TOKENS = 64  # up to here slices of the inputs are programs of their own
 _ADDED_AT_ONCE = 1024
 
 
@@ -47,8 +40,7 @@ def multiply_heads(
     num_tokens, num_heads = len(x_TX), weight.num_matrices
     rest = x_TX.shape[1] // num_heads - weight.cols
     slice_cols = slice_inputs(weight) if num_heads == 1 else weight.cols
-    few = num_tokens <= FEW_TOKENS
-    num_slices = triton.cdiv(weight.cols, slice_cols) if few else 1
+    num_slices = triton.cdiv(weight.cols, slice_cols) if num_tokens <= FEW_TOKENS else 1
     split = num_slices > 1
     width = num_heads * (weight.rows + rest)
     out = torch.empty(
@@ -67,9 +59,6 @@ def multiply_heads(
         weight.cols,
         rest,
         slice_cols,
-        words.stride(1),
-        slice_words(weight, slice_cols) if split else 0,
-        bytes_ahead(device, weight, num_heads * weight.rows, num_slices) if few else 0,
         FORMAT=weight.format,
         SPLIT=split,
         REST=triton.next_power_of_2(rest) if rest else 0,
@@ -93,9 +82,6 @@ def _multiply_heads(
     cols: tl.tensor,
     rest: tl.tensor,
     slice_cols: tl.tensor,
-    row_size: tl.tensor,
-    slice_size: tl.tensor,
-    ahead: tl.tensor,
     FORMAT: tl.constexpr,
     SPLIT: tl.constexpr,
     REST: tl.constexpr,
@@ -113,8 +99,6 @@ def _multiply_heads(
     rows_O = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     inside_O = tl.minimum(rows_O, rows - 1)
     if PDL:
-        if ahead > 0:
-            fetch_ahead(words + slice_id * slice_size, head * rows + inside_O, row_size, ahead)
         gdc_wait()
     tokens_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
     live_T = tokens_T < num_tokens

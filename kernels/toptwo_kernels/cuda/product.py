@@ -10,29 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from toptwo_kernels.cuda.device import Device
-from toptwo_kernels.cuda.packing import BLOCK_INPUTS, parts
+from toptwo_kernels.cuda.packing import BLOCK_INPUTS
 from toptwo_kernels.cuda.support import is_interpreted
 from toptwo_kernels.cuda.widen import find_scales, load_scales, widen_part
-from toptwo_kernels.ops import GROUP, Matrix
+from toptwo_kernels.ops import Matrix
 
 # The interpreter multiplies bfloat16 numbers as integers; float32 ones have the same products.
 _WIDENED = tl.constexpr(is_interpreted())
 _GROUP = tl.constexpr(32)  # inputs that share a scale, and that a block of words unfolds into at a time
-_AHEAD = 16 << 20  # bytes asked for by a launch before it computes: a third of the L2 cache of large cards
 _MANY_ROWS, _MANY_MATRICES = 16384, 16  # outputs, or heads and experts, that need no slices
 _LEAST_SLICE, _MOST_SLICES, _SLICE_UNIT = 1024, 4, 256
-_LEAST_AHEAD, _PARTS_AHEAD = 128, 64  # bytes of a row's slice, and what they are a multiple of
-
-
-def bytes_ahead(device: Device, matrix: Matrix, num_rows: int, num_slices: int) -> int:
-    """How much of the beginning of each row's slices `fetch_ahead` is to ask for when a launch reads num_rows
-    rows once."""
-    words, _ = parts(matrix)
-    size = words.stride(1) * words.element_size()
-    ahead = min(size, _AHEAD // num_rows) // num_slices // _PARTS_AHEAD * _PARTS_AHEAD
-    is_even = size % 16 == 0 and (num_slices == 1 or matrix.cols % (num_slices * _SLICE_UNIT) == 0)
-    return ahead if device.pdl and is_even and ahead >= _LEAST_AHEAD else 0
 
 
 @triton.jit
@@ -59,32 +46,6 @@ def slice_inputs(matrix: Matrix) -> int:
         return matrix.cols
     slices = max(1, min(_MOST_SLICES, matrix.cols // _LEAST_SLICE))
     return -(-matrix.cols // (slices * _SLICE_UNIT)) * _SLICE_UNIT
-
-
-def slice_words(matrix: Matrix, slice_cols: int) -> int:
-    """Numbers of a row of words that a slice has."""
-    return slice_cols // BLOCK_INPUTS[matrix.format] * GROUP
-
-
-@triton.jit
-def fetch_ahead(words: tl.tensor, rows_O: tl.tensor, size: tl.tensor, ahead: tl.tensor) -> None:
-    """Ask for the first `ahead` bytes of rows, to lie in the L2 cache when they are read.
-
-    What runs in front of a product keeps memory less busy than a product does: weights come while it waits
-    for its turn. Needs compute capability 9.0. rows_O: of the whole stack. size: of a row, in numbers.
-    ahead: see `bytes_ahead`.
-    """
-    part = ahead // 4
-    starts_O = (words + rows_O.to(tl.int64) * size).to(tl.int64)
-    rows_OX = starts_O[:, None] + (tl.arange(0, 4) * part)[None, :]
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [rows_OX, tl.zeros(rows_OX.shape, tl.int32) + part],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit

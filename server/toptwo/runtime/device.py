@@ -96,18 +96,17 @@ def resolve(
 
 
 def choose_device(settings: Settings) -> str:
-    """A GPU where there is one that can be used, unless the settings say otherwise.
+    """The GPU where it is asked for: it is not chosen for anybody before all of its tests have passed on one.
 
-    Raises StartupError when one is asked for that cannot be had, or with kernels that are not for it.
+    Raises StartupError when it cannot be had, or with kernels that are not for it.
     """
-    if settings.device == "cpu" or (settings.device == "auto" and settings.backend != "auto"):
+    if settings.device != "cuda":
         return "cpu"
     if settings.backend != "auto":
         raise StartupError(f"--backend {settings.backend} cannot go with --device cuda: it is for processors")
-    problem = cuda.problem()
-    if settings.device == "cuda" and problem:
+    if problem := cuda.problem():
         raise StartupError(f"--device cuda: {problem}")
-    return "cpu" if problem else "cuda"
+    return "cuda"
 
 
 def _choose_dtype(settings: Settings, device: str) -> WeightFormat:
