@@ -134,7 +134,7 @@ async def test_a_form_leaves_room_for_thoughts(
     assert choice["message"]["reasoning_content"] == "The user greets."
     (request,) = engine.requests
     assert request.grammar
-    assert request.grammar.end_token_ids == request.stop_token_ids
+    assert request.grammar.end_token_ids == tuple(request.stop_token_ids)
     assert grammars.checked == [request.grammar.source]
     assert "thought" in request.grammar.source
 

@@ -118,7 +118,7 @@ async def test_a_forced_call_is_a_grammar(
     assert grammars.checked == [request.grammar.source]
     assert "weather" in request.grammar.source
     assert ("clock" in request.grammar.source) == (choice == "required")
-    assert request.grammar.end_token_ids == request.stop_token_ids
+    assert request.grammar.end_token_ids == tuple(request.stop_token_ids)
 
 
 async def test_a_call_and_its_result_go_into_the_prompt(
