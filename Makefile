@@ -70,7 +70,7 @@ test-native: $(VENV)/installed-native
 		$(BIN)/python -m pytest --native build/sanitize/_native*.so $(SANITIZED) $(ARGS)
 
 test-cuda-interpreted: $(VENV)/installed-triton
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/cuda $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/cuda $(or $(ARGS),--numprocesses logical)
 
 test-clients: $(VENV)/installed-dev
 	$(BIN)/python tests/clients/run.py $(ARGS)
