@@ -48,5 +48,5 @@ def open_device(tuning_directory: Path | None = None) -> Device:
         interpreted=False,
         num_processors=properties.multi_processor_count,
         pdl=properties.major >= 9,
-        tuner=Tuner(properties.name, tuning_directory),
+        tuner=Tuner(properties.name, tuning_directory, support.shared_bytes(properties)),
     )

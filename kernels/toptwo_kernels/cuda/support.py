@@ -10,6 +10,8 @@ import torch
 
 OLDEST = (8, 0)
 """Compute capability from which cards have bfloat16 matrix units."""
+LEAST_SHARED_BYTES = 160 << 10
+"""What attention's tiles need; cards for games have less."""
 
 
 def is_interpreted() -> bool:
@@ -26,8 +28,15 @@ def problem() -> str:
         return "Triton is not installed (pip install 'toptwo[cuda]')"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here"
-    capability = torch.cuda.get_device_capability(0)
-    if capability < OLDEST:
-        name = torch.cuda.get_device_name(0)
-        return f"{name} has compute capability {capability[0]}.{capability[1]}, and 8.0 is needed"
+    card = torch.cuda.get_device_properties(0)
+    if (card.major, card.minor) < OLDEST:
+        return f"{card.name} has compute capability {card.major}.{card.minor}, and 8.0 is needed"
+    if (shared := shared_bytes(card)) < LEAST_SHARED_BYTES:
+        return f"{card.name} lets a program share {shared >> 10} KiB of memory, and 160 are needed"
     return ""
+
+
+def shared_bytes(card: Any) -> int:
+    """Memory that a program may share among its threads. Some builds of torch do not tell."""
+    told: int | None = getattr(card, "shared_memory_per_block_optin", None)
+    return told or (227 << 10 if card.major >= 9 else 163 << 10)

@@ -23,7 +23,8 @@ Kind = Literal["linear", "gate_up", "down"]
 SMALLEST_TOKENS, LARGEST_TOKENS = 16, 1024
 LARGEST_BLOCK = 128  # tokens of an expert that a program computes
 _DENSE_BYTES: dict[WeightFormat, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SHARED_BYTES = 220 << 10  # shared memory of a processor, less what kernels need besides
+_SHARED_BYTES = 227 << 10  # that a program may have, from compute capability 9.0 on
+_SHARED_BESIDES = 7 << 10  # what kernels need of it for other things
 _SHIPPED = Path(__file__).parent / "tuned"
 
 
@@ -81,13 +82,14 @@ def expert_bucket(weight_format: WeightFormat, num_pairs: int, num_experts: int)
     return bucket(-(-2 * num_pairs // num_experts), largest)
 
 
-def candidates(key: Key) -> list[Config]:
+def candidates(key: Key, shared_bytes: int = _SHARED_BYTES) -> list[Config]:
     """At most eight that may be fastest, the guess first. An expert's blocks have key.tokens tokens or the
     most that a block has, as both of its products share them."""
     if key.format == "float32":
         return [Config(64, 16, 32, 4, 3)]
     found = _for_few(key) if key.tokens <= 64 else _for_many(key)
-    return [config for config in found if _shared_bytes(key, config) <= _SHARED_BYTES][:8]
+    most = shared_bytes - _SHARED_BESIDES
+    return [config for config in found if _shared_bytes(key, config) <= most][:8]
 
 
 def _for_few(key: Key) -> list[Config]:
@@ -147,11 +149,13 @@ class Tuner:
     """The configurations of a card.
 
     directory: where measured ones are kept, in a file for each card and version of Triton; None to keep none.
+    shared_bytes: memory that a program may share among its threads.
     """
 
-    def __init__(self, card: str, directory: Path | None) -> None:
+    def __init__(self, card: str, directory: Path | None, shared_bytes: int = _SHARED_BYTES) -> None:
         self.card = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
         self._directory = directory
+        self._shared_bytes = shared_bytes
         self._chosen: dict[Key, Config] = {}
 
     @cached_property
@@ -174,7 +178,7 @@ class Tuner:
         """The configuration to launch with."""
         config = self._chosen.get(key)
         if config is None:
-            config = self._measured.get(str(key)) or candidates(key)[0]
+            config = self._measured.get(str(key)) or candidates(key, self._shared_bytes)[0]
             self._chosen[key] = config
         return config
 
@@ -183,7 +187,11 @@ class Tuner:
 
         measure: milliseconds of a configuration, None if it cannot run.
         """
-        times = {config: time for config in candidates(key) if (time := measure(config)) is not None}
+        times = {
+            config: time
+            for config in candidates(key, self._shared_bytes)
+            if (time := measure(config)) is not None
+        }
         if times:
             fastest = min(times, key=lambda config: times[config])
             self._measured[str(key)] = self._chosen[key] = fastest

@@ -21,7 +21,8 @@ _INT4_CODE = tl.constexpr(
     "mov.b32 c, 0x3F803F80; fma.rn.bf16x2 a, a, c, b; fma.rn.bf16x2 $0, a, $3, $5;"
 )
 _FP8_CODE = tl.constexpr(
-    "shr.b32 a, p, 4; and.b32 a, a, 0x07F007F0; lop3.b32 a, p, 0x80008000, a, 0xEA; mul.rn.bf16x2 $0, a, $3;"
+    "shr.b32 a, p, 4; and.b32 a, a, 0x07F007F0; lop3.b32 a, p, 0x80008000, a, 0xEA;"
+    "mov.b32 b, 0x80008000; fma.rn.bf16x2 $0, a, $3, b;"  # cards before 9.0 have no product alone
 )
 
 
