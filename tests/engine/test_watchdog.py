@@ -56,8 +56,9 @@ async def test_a_hang_ends_every_stream_and_the_engine_comes_back(
             if fake == "slow":
                 assert (await collect(supervisor, request("again", [1], 3)))[-1].finish_reason == "length"
     (reason,) = reasons(logs)
-    spun = "it has not answered for 2 s"
-    assert reason == (spun if mode == "spin-in-step" else "it has neither answered nor computed for 1 s")
+    found_late, found_early = "it has not answered for 2 s", "it has neither answered nor computed for 1 s"
+    # On a busy machine what is left of a sleeping process may be seen to have computed.
+    assert reason == found_late or (mode != "spin-in-step" and reason == found_early)
 
 
 async def test_a_long_step_is_no_hang(tmp_path: Path, logs: list[dict[str, object]]) -> None:
