@@ -50,7 +50,7 @@ async def drip(target: Target, seconds: list[float]) -> None:
     head = target.post("/chat/completions", {}).replace(b"Content-Length: 2", b"Content-Length: 9999")[:-2]
     began = time.monotonic()
     writer.write(head)
-    answer = asyncio.create_task(reader.read(-1))
+    answer = asyncio.create_task(reader.readline())  # bytes on their way to the server may reset the rest
     while not answer.done():
         writer.write(b" ")
         await asyncio.wait([answer], timeout=2)

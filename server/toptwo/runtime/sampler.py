@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -47,16 +48,16 @@ def sample_rows(
 def draw_uniform(seed: int, position: int) -> float:
     """The uniform in [0, 1) for the token at `position`: Philox4x64-10 (Salmon et al., SC'11)."""
     first, index = divmod(position, _DRAWS_AT_ONCE)
-    return _draw_uniforms(seed, first * _DRAWS_AT_ONCE)[index]
+    return float(_draw_uniforms(seed, first * _DRAWS_AT_ONCE)[index])
 
 
-@lru_cache(maxsize=4096)
-def _draw_uniforms(seed: int, start: int) -> list[float]:
+@lru_cache(maxsize=1024)  # more sequences than run at once
+def _draw_uniforms(seed: int, start: int) -> npt.NDArray[np.float64]:
     """Those of the positions from `start` on: making a generator costs more than many draws."""
     generator = np.random.Philox(key=seed & (2**64 - 1), counter=start)
     # A position's number is the first of the four that its counter gives; its upper 53 bits become a double.
     words = generator.random_raw(4 * _DRAWS_AT_ONCE)[::4]
-    uniforms: list[float] = ((words >> np.uint64(11)) * 2.0**-53).tolist()
+    uniforms: npt.NDArray[np.float64] = np.multiply(words >> np.uint64(11), 2.0**-53, dtype=np.float64)
     return uniforms
 
 
