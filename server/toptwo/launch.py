@@ -34,6 +34,7 @@ from toptwo.app import AppOptions, create_app
 from toptwo.banner import print_banner, print_chat_off, print_key
 from toptwo.engine.supervisor import EngineCommand, Supervisor
 from toptwo.errors import StartupError
+from toptwo.heap import keep_heap_small
 from toptwo.local_key import LocalKey, load_or_create_key
 from toptwo.messages import EngineInfo
 from toptwo.settings import Settings, environment_without_settings, unknown_variables
@@ -68,6 +69,7 @@ def serve(settings: Settings, sources: dict[str, str], console: Console) -> None
         signal.signal(number, _exit_on_signal)
     configure_logging(settings.log_level, quoting=False)
     _raise_file_limit()
+    keep_heap_small()
     for name in unknown_variables():
         log.warning("there is no such setting; the variable is ignored", variable=name)
     with contextlib.closing(_bind(settings)) as listener, _run_dir() as run_dir:

@@ -27,6 +27,12 @@ TEXTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _keep_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long memory takes to give back, after large texts only, depends on all that the process ever held."""
+    monkeypatch.setattr("toptwo.text.tokenizer.give_memory_back", lambda: None)
+
+
 def ratio(work: Callable[[int], object], size: int) -> float:
     """How much longer twice the size takes, in CPU time: over two doublings, at the best of a few tries."""
 

@@ -5,7 +5,6 @@ Knows the tokenizer files of a checkpoint; must not know chat messages, HTTP or 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 import tokenizers
 
 from toptwo.errors import CheckpointError
+from toptwo.heap import give_memory_back
 from toptwo.text.checkpoint import read_json_if_present
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -120,7 +120,7 @@ class Tokenizer:
             return self._encode_pieces(pieces)
         finally:
             if num_chars > _LARGE_CHARS:
-                _give_memory_back()
+                give_memory_back()
 
     def _encode_pieces(self, pieces: Sequence[str]) -> list[int]:
         first, *rest = pieces
@@ -203,14 +203,6 @@ def _slices(pieces: Iterable[str], size: int) -> Iterator[list[str]]:
                 batch, room = [], size
     if batch:
         yield batch
-
-
-def _give_memory_back() -> None:
-    """Return to the system what was freed. glibc keeps it, by the hundred megabytes, for the thread that
-    once needed it, and offers no limit to set that holds for threads that are there."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other libraries have none, and keep less
-    if trim is not None:
-        trim(0)
 
 
 def _advice(directory: Path) -> str:
