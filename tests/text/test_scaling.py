@@ -29,7 +29,7 @@ TEXTS = {
 
 @pytest.fixture(autouse=True)
 def _keep_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How long memory takes to give back, after large texts only, depends on all that the process ever held."""
+    """How long giving memory back takes, after large texts only, depends on all that the process held."""
     monkeypatch.setattr("toptwo.text.tokenizer.give_memory_back", lambda: None)
 
 
