@@ -51,7 +51,7 @@ def draw_uniform(seed: int, position: int) -> float:
     return float(_draw_uniforms(seed, first * _DRAWS_AT_ONCE)[index])
 
 
-@lru_cache(maxsize=1024)  # more sequences than run at once
+@lru_cache(maxsize=1024)  # far more sequences than run at once by default
 def _draw_uniforms(seed: int, start: int) -> npt.NDArray[np.float64]:
     """Those of the positions from `start` on: making a generator costs more than many draws."""
     generator = np.random.Philox(key=seed & (2**64 - 1), counter=start)
