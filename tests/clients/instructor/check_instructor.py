@@ -14,8 +14,8 @@ MODES = [instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JS
 QUESTION: list[Any] = [{"role": "user", "content": "a product"}]
 
 
-class Product(BaseModel):
-    """Nothing in it can be long: a random model would go on for ever."""
+class Product(BaseModel, extra="forbid"):
+    """Nothing in it can be long, and nothing may be added: a random model would go on for ever."""
 
     kind: Literal["car", "boat"]
     wheels: int = Field(ge=0, le=20)

@@ -5,7 +5,7 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 
-class Switch(BaseModel):
+class Switch(BaseModel, extra="forbid"):
     on: bool
 
 
