@@ -19,8 +19,10 @@ LEAVES = {"settings", "errors", "messages", "heap"}
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"launch", "bench", "model_commands", "__init__"},
-    "launch": {"app", "api", "text", "telemetry", "engine", "source", "banner", "local_key"},
+    "cli": {"launch", "bench", "account_commands", "model_commands", "__init__"},
+    "accounts": set(),
+    "account_commands": {"accounts"},
+    "launch": {"app", "api", "accounts", "text", "telemetry", "engine", "source", "banner", "local_key"},
     "launch_engine": {"engine", "runtime", "telemetry"},
     "source": {"default_model", "gguf"},
     "model_commands": {
@@ -30,8 +32,8 @@ ARROWS: dict[str, set[str]] = {
     "bench": {"local_key", "__init__"},
     "banner": {"local_key", "__init__"},
     "local_key": set(),
-    "app": {"api", "text", "telemetry", "engine"},
-    "api": {"text", "telemetry", "engine", "__init__"},
+    "app": {"api", "accounts", "text", "telemetry", "engine"},
+    "api": {"accounts", "text", "telemetry", "engine", "__init__"},
     "text": set(),
     "telemetry": set(),
     "engine": set(),
@@ -46,7 +48,19 @@ ARROWS: dict[str, set[str]] = {
 # settings explains its mistakes as a StartupError; otherwise leaves import nothing of ours.
 LEAF_IMPORTS = {"settings": {"errors"}, "errors": set(), "messages": set(), "heap": set()}
 
-TORCH_FREE = ("engine", "api", "text", "telemetry", "app", "cli", "launch", "source", "bench", *LEAVES)
+TORCH_FREE = (
+    "engine",
+    "api",
+    "accounts",
+    "text",
+    "telemetry",
+    "app",
+    "cli",
+    "launch",
+    "source",
+    "bench",
+    *LEAVES,
+)
 TRAINING_ONLY = SERVER / "default_model" / "train_router.py"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import get_args
 
@@ -24,6 +25,12 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("9000", 9000),
     "api_key": ("a-key", ("a-key",)),
+    "accounts": ("on", "on"),
+    "admin_key": ("another-key", ("another-key",)),
+    "database_url": ("sqlite:////tmp/a.db", "sqlite:////tmp/a.db"),
+    "data_dir": ("/tmp/data", Path("/tmp/data")),
+    "account_grant": ("1.25", Decimal("1.25")),
+    "accounts_fail_open": ("true", True),
     "served_model_name": ("name", "name"),
     "chat_template": ("/tmp/t.jinja", Path("/tmp/t.jinja")),
     "device": ("cpu", "cpu"),

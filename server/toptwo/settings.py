@@ -8,6 +8,7 @@ resolved later, once, into a frozen config; nothing in this module looks at the 
 from __future__ import annotations
 
 import os
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from toptwo.errors import StartupError
 
 ENV_PREFIX = "TOPTWO_"
+SECRETS = ("api_key", "admin_key", "database_url")
+"""Fields that are shown to nobody, and not handed to other processes."""
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -24,6 +27,7 @@ Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
 KVDtype = Literal["auto", "fp8"]
 Backend = Literal["auto", "cpu", "reference"]
 MetricsAccess = Literal["key", "open", "off"]
+AccountsUse = Literal["auto", "on", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -41,6 +45,33 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     api_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Accepted bearer key; repeatable (comma-separated in the environment)."
+    )
+    accounts: AccountsUse = Field(
+        "auto",
+        description="Accounts with keys, limits and credit; auto is on where there is a database of them or "
+        "an admin key.",
+    )
+    admin_key: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Key that may manage accounts, and nothing else; repeatable."
+    )
+    database_url: str | None = Field(
+        None,
+        min_length=1,
+        description="Where accounts are kept: sqlite:///PATH or postgresql://USER@HOST/NAME; by default "
+        "accounts.db in the data directory.",
+    )
+    data_dir: Path = Field(Path("~/.local/share/toptwo"), description="Where accounts are kept.")
+    account_grant: Decimal = Field(
+        Decimal("0.5"),
+        ge=0,
+        le=1_000_000,
+        decimal_places=6,
+        description="Credits that a new account begins with.",
+    )
+    accounts_fail_open: bool = Field(
+        False,
+        description="While the accounts' database cannot be used, serve keys that are known, uncharged; "
+        "otherwise they get a 503.",
     )
     served_model_name: str | None = Field(
         None, min_length=1, description="Model id that clients use; by default the model's own name."
@@ -124,12 +155,12 @@ class Settings(BaseSettings):
     )
     log_level: LogLevel = Field("info", description="Least severe messages that are logged.")
 
-    @field_validator("api_key", mode="before")
+    @field_validator("api_key", "admin_key", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
-    @field_validator("api_key")
+    @field_validator("api_key", "admin_key")
     @classmethod
     def _refuse_weak_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
         # An empty secret has switched authentication off in other servers; here it is a mistake.
@@ -140,7 +171,7 @@ class Settings(BaseSettings):
                 raise ValueError("a key must be printable ASCII without spaces")
         return keys
 
-    @field_validator("cache_dir", "chat_template", "default_model_wheel")
+    @field_validator("cache_dir", "data_dir", "chat_template", "default_model_wheel")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
         try:
@@ -209,5 +240,5 @@ def _explain(error: dict[str, object], flags: dict[str, object]) -> str:
     location = error["loc"]
     field = str(location[0]) if isinstance(location, tuple) and location else "settings"
     source = flag_of(field) if field in flags else ENV_PREFIX + field.upper()
-    shown = "" if field == "api_key" else f" (got {error.get('input')!r})"
+    shown = "" if field in SECRETS else f" (got {error.get('input')!r})"
     return f"{source}: {error['msg']}{shown}"

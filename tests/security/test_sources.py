@@ -27,7 +27,7 @@ IMPORTS = {
     **dict.fromkeys(
         ("multipart", "python_multipart", "xml", "lxml", "yaml"), "parsers that requests do not need"
     ),
-    **dict.fromkeys(("sqlite3", "sqlalchemy"), "no SQL, so none to inject into"),
+    **dict.fromkeys(("sqlite3", "psycopg"), "SQL is SQLAlchemy's to write"),
     **dict.fromkeys(("requests", "aiohttp", "httpx", "websockets"), "nothing is fetched in another way"),
 }
 NAMES = {
@@ -135,6 +135,45 @@ def test_nothing_of_the_lists_is_used(path: Path) -> None:
 def test_the_lists_are_looked_for(source: str) -> None:
     """A test that finds nothing finds nothing in clean source alone."""
     assert list(offences(ast.parse(source)))
+
+
+def libraries_of(path: Path) -> set[str]:
+    return {module.split(".")[0] for module, _ in imported(ast.parse(path.read_text()))}
+
+
+def sql_texts(tree: ast.Module) -> Iterator[str]:
+    """Where SQL is given as text that was put together, whatever it is made of."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=func, args=[given, *_]) if dotted(func).rpartition(".")[2] in SQL_CALLS:
+                if not isinstance(given, ast.Constant):
+                    yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+SQL_CALLS = {"text", "exec_driver_sql", "literal_column"}
+# Names of tables and numbers of our own, where no value of anybody's has a place.
+SQL_MADE_OF_CONSTANTS = {
+    "accounts/database.py": "BEGIN",
+    "accounts/migrations/__init__.py": "pg_advisory_xact_lock",
+}
+
+
+SQL_SOURCES = [path for path in SOURCES if libraries_of(path) & {"sqlalchemy", "alembic"}]
+
+
+@pytest.mark.parametrize("path", SQL_SOURCES, ids=is_ours)
+def test_values_reach_the_database_as_values(path: Path) -> None:
+    known = next((words for name, words in SQL_MADE_OF_CONSTANTS.items() if path.match(name)), None)
+    found = [each for each in sql_texts(ast.parse(path.read_text())) if not (known and known in each)]
+    assert not found
+    tree = ast.parse("connection.exec_driver_sql(f'SELECT {x}')")
+    assert list(sql_texts(tree))
+
+
+@pytest.mark.parametrize("path", SQL_SOURCES, ids=is_ours)
+def test_only_accounts_know_sql(path: Path) -> None:
+    # Those outside hand transactions around, and write nothing themselves.
+    assert "accounts" in path.parts or path.name in {"office.py", "admin.py", "self_service.py"}
 
 
 SECRETS = ("api/security.py", "api/anthropic.py", "local_key.py")
