@@ -15,6 +15,8 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 from toptwo import __version__
+from toptwo.account_commands.accounts_cli import accounts_cli, prices_cli
+from toptwo.account_commands.keys_cli import keys_cli, usage
 from toptwo.bench.options import BenchOptions, load_options
 from toptwo.errors import StartupError
 from toptwo.settings import Settings, load_settings
@@ -114,6 +116,12 @@ _declare(serve, [_option_of(name, field, "model") for name, field in Settings.mo
 cli.command()(serve)
 _declare(bench, [_option_of(name, field, "url") for name, field in BenchOptions.model_fields.items()])
 cli.command(cls=_BeforeServeArguments)(bench)
+
+
+cli.add_typer(accounts_cli, name="accounts")
+cli.add_typer(keys_cli, name="keys")
+cli.add_typer(prices_cli, name="prices")
+cli.command("usage")(usage)
 
 
 model_cli = typer.Typer(no_args_is_help=True, help="Work with a checkpoint.")

@@ -1,0 +1,1 @@
+"""The commands that manage accounts on the machine itself, without a server."""
