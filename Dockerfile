@@ -35,6 +35,7 @@ ENV PATH=/opt/toptwo/bin:$PATH \
     TOPTWO_HOST=0.0.0.0 \
     TOPTWO_PORT=8000 \
     TOPTWO_CACHE_DIR=/data \
+    TOPTWO_DATA_DIR=/data \
     HF_HOME=/data/hub
 VOLUME /data
 EXPOSE 8000

@@ -29,7 +29,8 @@ class ServerProcess:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._out, self._err = self.directory / "stdout", self.directory / "stderr"
         clean = {key: value for key, value in os.environ.items() if not key.startswith("TOPTWO_")}
-        clean |= {"TOPTWO_CACHE_DIR": str(self.directory / "cache"), **self.environment}
+        own = {f"TOPTWO_{name.upper()}_DIR": str(self.directory / name) for name in ("cache", "data")}
+        clean |= {**own, **self.environment}
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "toptwo", "serve", "--port", "0", *self.arguments],

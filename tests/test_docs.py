@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import cast
 
 import pytest
 from starlette.routing import Route
 
 from fakes import FakeEngine, FakeGrammars, served_model
+from toptwo.accounts.book import AccountBook
+from toptwo.accounts.database import Database
+from toptwo.api.admin import PREFIX as ADMIN_PREFIX
 from toptwo.api.health import Lifecycle
 from toptwo.api.security import KeyRing
-from toptwo.app import OPENAI_PREFIXES, create_app
+from toptwo.app import OPENAI_PREFIXES, AppOptions, create_app
 from toptwo.models.registry import ARCHITECTURES
 from toptwo.settings import ENV_PREFIX, Settings, flag_of
 from toptwo_kernels.ops import Ops
@@ -37,13 +41,17 @@ def test_no_setting_is_invented() -> None:
 
 
 def test_every_route_is_listed() -> None:
-    app = create_app(FakeEngine(), served_model(), FakeGrammars(), KeyRing.from_keys([]), Lifecycle())
+    options = AppOptions(book=AccountBook(cast(Database, None)))
+    app = create_app(
+        FakeEngine(), served_model(), FakeGrammars(), KeyRing.from_keys([]), Lifecycle(), options
+    )
     paths = {route.path for route in routes_of(app) if isinstance(route, Route)}
     assert len(paths) > 4
     for path in paths:
         prefix = next((p for p in OPENAI_PREFIXES if path.startswith(p)), None)
         shown = path if prefix is None else OPENAI_PREFIXES[0] + path.removeprefix(prefix)
-        assert f"{shown.replace('{model_id:path}', '{id}')}`" in README, path
+        shown = shown.removeprefix(ADMIN_PREFIX).replace("{model_id:path}", "{id}")
+        assert f"{shown}`" in README, path
     for prefix in OPENAI_PREFIXES:
         assert f"`{prefix}`" in README or f"{prefix}/" in README
 

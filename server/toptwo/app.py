@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from fastapi import FastAPI
 
+from toptwo.accounts.book import AccountBook
+from toptwo.api.admin import AdminEndpoints, admin_router
 from toptwo.api.admission import DEFAULT_LIMITS, Admission, AdmissionLimits
 from toptwo.api.anthropic import AnthropicAuthenticator, messages_router
 from toptwo.api.completions import completions_router
@@ -20,7 +22,15 @@ from toptwo.api.metrics import metrics_router
 from toptwo.api.openai import OpenAIEndpoints, openai_router
 from toptwo.api.openapi import openapi_router
 from toptwo.api.responses import responses_router
-from toptwo.api.security import Authenticator, KeyRing
+from toptwo.api.security import (
+    NOBODY,
+    Authenticator,
+    Credentials,
+    KeyRing,
+    ManagerAuthenticator,
+    OperatorAuthenticator,
+)
+from toptwo.api.self_service import SelfServiceEndpoints, self_service_router
 from toptwo.api.service import Service
 from toptwo.api.tokens import tokens_router
 from toptwo.engine.client import Engine
@@ -35,10 +45,17 @@ OPENAI_PREFIXES = ("/v3/openai", "/openai/v1", "/v1")
 
 @dataclass(frozen=True)
 class AppOptions:
-    """limits: how many sequences may be open at once. metrics: who may read /metrics."""
+    """limits: how many sequences may be open at once. metrics: who may read /metrics.
+
+    book: the accounts, where there are any. admin_keys: who may manage them, beside management keys.
+    account_grant: micro-credits that a new account begins with.
+    """
 
     limits: AdmissionLimits = DEFAULT_LIMITS
     metrics: MetricsAccess = "key"
+    book: AccountBook | None = None
+    admin_keys: KeyRing = NOBODY
+    account_grant: int = 0
 
 
 DEFAULTS = AppOptions()
@@ -55,10 +72,11 @@ def create_app(
     """The application that serves `model` from `engine`.
 
     grammars: checks schemas and grammars of requests; the caller closes it.
-    keys: who may call; with an empty ring nobody may.
+    keys: who may call, beside accounts; with an empty ring and without accounts nobody may.
     lifecycle: its `draining` may be set at any time; then new requests get a 503.
     """
-    authenticate = Authenticator(keys)
+    credentials = Credentials(keys, options.admin_keys, options.book)
+    authenticate = Authenticator(credentials)
     app = FastAPI(
         title="toptwo",
         # The documentation pages describe every route to anybody who asks.
@@ -68,25 +86,31 @@ def create_app(
         # A redirect would be an answer given before the key is looked at.
         redirect_slashes=False,
     )
-    service = Service(engine, model, grammars, lifecycle, Admission(options.limits))
+    service = Service(engine, model, grammars, lifecycle, Admission(options.limits), options.book)
     metrics = Metrics(model.name)
     routers = [
-        openai_router(OpenAIEndpoints(service), authenticate),
+        openai_router(OpenAIEndpoints(service), credentials),
         completions_router(service, authenticate),
         responses_router(service, authenticate),
         embeddings_router(authenticate),
         tokens_router(service, authenticate),
-        messages_router(service, AnthropicAuthenticator(keys)),
+        self_service_router(SelfServiceEndpoints(options.book), credentials),
+        messages_router(service, AnthropicAuthenticator(credentials)),
     ]
     for prefix in OPENAI_PREFIXES:
         for router in routers:
             app.include_router(router, prefix=prefix)
     app.include_router(openapi_router(OPENAI_PREFIXES, model.name, authenticate))
+    if options.book is not None:
+        admin = AdminEndpoints(options.book, options.account_grant)
+        app.include_router(admin_router(admin, ManagerAuthenticator(credentials)))
     app.include_router(health_router(engine, lifecycle))
     if options.metrics != "off":
         app.include_router(
-            metrics_router(service, metrics, None if options.metrics == "open" else authenticate)
+            metrics_router(
+                service, metrics, None if options.metrics == "open" else OperatorAuthenticator(credentials)
+            )
         )
-    install_error_handlers(app, authenticate)
+    install_error_handlers(app, credentials)
     app.add_middleware(RequestEnvelope, metrics=metrics)
     return app

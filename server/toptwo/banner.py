@@ -10,9 +10,10 @@ from rich.console import Console
 from toptwo import __version__
 from toptwo.local_key import LocalKey
 from toptwo.messages import EngineInfo
-from toptwo.settings import Settings
+from toptwo.settings import SECRETS, Settings
 
 GIB = 1 << 30
+_OF_ACCOUNTS = "that of an account; to make one on this machine: toptwo keys create"
 
 
 def print_banner(
@@ -48,10 +49,18 @@ def print_chat_off(console: Console) -> None:
     _print(console, f"  {'':<10}and --chat-template FILE gives it one")
 
 
-def print_key(console: Console, key: LocalKey | None, url: str, model: str, *, has_chat: bool = True) -> None:
+def print_key(
+    console: Console,
+    key: LocalKey | None,
+    url: str,
+    model: str,
+    *,
+    has_chat: bool = True,
+    has_accounts: bool = False,
+) -> None:
     """The key, if it was made by this start, and a line to copy that tries it."""
     if key is None:
-        _print(console, f"  {'key':<10}as configured")
+        _print(console, f"  {'key':<10}{_OF_ACCOUNTS if has_accounts else 'as configured'}")
         bearer = "$TOPTWO_API_KEY"
     elif key.created:
         _print(console, f"  {'key':<10}{key.secret}")
@@ -75,7 +84,7 @@ def print_key(console: Console, key: LocalKey | None, url: str, model: str, *, h
 
 
 def _show_setting(settings: Settings, name: str, source: str) -> str:
-    shown = "(hidden)" if name == "api_key" else getattr(settings, name)
+    shown = "(hidden)" if name in SECRETS else getattr(settings, name)
     return f"{name} = {shown}  from {source}"
 
 

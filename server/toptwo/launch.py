@@ -26,6 +26,8 @@ import uvicorn
 import uvloop
 from rich.console import Console
 
+from toptwo.accounts.book import AccountBook
+from toptwo.accounts.opening import are_on, grant_of, open_book
 from toptwo.api.admission import AdmissionLimits
 from toptwo.api.connection import BoundedHttp
 from toptwo.api.health import Lifecycle
@@ -37,7 +39,7 @@ from toptwo.errors import StartupError
 from toptwo.heap import keep_heap_small
 from toptwo.local_key import LocalKey, load_or_create_key
 from toptwo.messages import EngineInfo
-from toptwo.settings import Settings, environment_without_settings, unknown_variables
+from toptwo.settings import SECRETS, Settings, environment_without_settings, unknown_variables
 from toptwo.source import ModelSource, find_model
 from toptwo.telemetry.logs import configure_logging
 from toptwo.text.grammar import GrammarChecker
@@ -74,8 +76,8 @@ def serve(settings: Settings, sources: dict[str, str], console: Console) -> None
         log.warning("there is no such setting; the variable is ignored", variable=name)
     with contextlib.closing(_bind(settings)) as listener, _run_dir() as run_dir:
         source = find_model(settings, console)
-        with _key(settings) as key:
-            uvloop.run(_Site(settings, sources, console, source, key, listener, run_dir).run())
+        with _accounts(settings) as book, _key(settings, book) as key:
+            uvloop.run(_Site(settings, sources, console, source, key, book, listener, run_dir).run())
 
 
 def _raise_file_limit() -> None:
@@ -132,9 +134,22 @@ def _run_dir() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _key(settings: Settings) -> Iterator[LocalKey | None]:
-    """The created key, if none is configured. One that nobody was shown is not kept."""
-    if settings.api_key:
+def _accounts(settings: Settings) -> Iterator[AccountBook | None]:
+    """The book of accounts, if there are any. What waits to be written is written at the end."""
+    if not are_on(settings):
+        yield None
+        return
+    book = open_book(settings)
+    try:
+        yield book
+    finally:
+        book.close()
+
+
+@contextlib.contextmanager
+def _key(settings: Settings, book: AccountBook | None) -> Iterator[LocalKey | None]:
+    """The created key, if none is configured and there are no accounts. One that nobody saw is not kept."""
+    if settings.api_key or book is not None:
         yield None
         return
     key = load_or_create_key(settings.cache_dir)
@@ -162,6 +177,7 @@ class _Site:
     console: Console
     source: ModelSource
     key: LocalKey | None
+    book: AccountBook | None
     listener: socket.socket
     run_dir: Path
     has_chat: bool = True  # this and the next are known when the model's words have been read
@@ -186,14 +202,17 @@ class _Site:
         serving = asyncio.create_task(server.serve(sockets=doors), name="server")
         announcing = asyncio.create_task(self._announce(supervisor), name="banner")
         cutting = asyncio.create_task(self._cut(supervisor), name="cut")
+        helpers = [announcing, cutting]
+        if self.book is not None:
+            helpers.append(asyncio.create_task(self.book.keep_alive(), name="accounts"))
         gc.freeze()  # all modules and words are here to stay: looking through them stops everything for long
         await asyncio.wait({engine, serving}, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
         try:
             await serving
         finally:
-            announcing.cancel()
-            cutting.cancel()
+            for helper in helpers:
+                helper.cancel()
             await supervisor.stop()
         await engine  # raises what made the engine give up
 
@@ -224,7 +243,9 @@ class _Site:
             self.settings.max_num_seqs, self.settings.max_queue, self.settings.max_requests_per_key
         )
         keys = KeyRing.from_keys([self.key.secret] if self.key else self.settings.api_key)
-        options = AppOptions(limits, self.settings.metrics)
+        admin_keys = KeyRing.from_keys(self.settings.admin_key)
+        grant = grant_of(self.settings)
+        options = AppOptions(limits, self.settings.metrics, self.book, admin_keys, grant)
         app = create_app(supervisor.client, model, grammars, keys, self.lifecycle, options)
         return _Server(
             uvicorn.Config(
@@ -242,7 +263,7 @@ class _Site:
 
     def _configure_engine(self, resolved: EngineInfo | None) -> bytes:
         """What an engine process must know, as one line of JSON. Keys stay in this process."""
-        fields = self.settings.model_dump(mode="json") | {"api_key": []}
+        fields = self.settings.model_dump(mode="json", exclude=set(SECRETS))
         if resolved:  # a restart must not shrink what clients were promised
             fields |= {"max_model_len": resolved.max_model_len, "threads": resolved.num_threads}
             fields |= {"backend": resolved.backend, "quantization": resolved.quantization}
@@ -259,6 +280,13 @@ class _Site:
             print_banner(self.console, self.source.name, info, url, self.settings, self.sources)
             if not self.has_chat:
                 print_chat_off(self.console)
-            print_key(self.console, self.key, url, self.source.name, has_chat=self.has_chat)
+            print_key(
+                self.console,
+                self.key,
+                url,
+                self.source.name,
+                has_chat=self.has_chat,
+                has_accounts=self.book is not None,
+            )
         except OSError:
             log.exception("the banner could not be printed")

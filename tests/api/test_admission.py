@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes import KEY, AsgiCall, FakeEngine, FakeGrammars, Script, chat, engine_info, served_model
+from toptwo.accounts.caller import Caller
 from toptwo.api.admission import LONGEST_RETRY_SECONDS, Admission, AdmissionLimits, Permit, Places
 from toptwo.api.health import Lifecycle
 from toptwo.api.job import GenerationJob, OutputForm, num_together
@@ -340,7 +341,7 @@ class Simulation:
                 heapq.heappush(self.events, (end, -len(self.events), self.waiting.pop(0)))
 
     def arrive(self, number: int) -> None:
-        permit, is_back = Permit(self.admission, "key"), number >= 1000
+        permit, is_back = Permit(self.admission, Caller("key")), number >= 1000
         try:
             permit.take(1)
         except ApiError as error:
@@ -397,7 +398,7 @@ def test_no_count_goes_astray(script: list[tuple[int, int, float]]) -> None:
     """Callers come and go in any order; never are more inside than may be, and in the end nobody is."""
     clock = FakeClock()
     admission = Admission(AdmissionLimits(max_running=3, max_queue=2, max_per_key=3), clock)
-    permits = {number: Permit(admission, f"key {number % 2}") for number in range(4)}
+    permits = {number: Permit(admission, Caller(f"key {number % 2}")) for number in range(4)}
     held = dict.fromkeys(permits, 0)
     for number, count, seconds in script:
         clock.now += seconds

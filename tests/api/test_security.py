@@ -76,7 +76,7 @@ def test_the_routes_are_the_known_ones(app: FastAPI) -> None:
     for prefix in prefixes:
         expected |= {
             ("POST", f"{prefix}/chat/completions"),
-            ("GET", f"{prefix}/models"),
+            *(("GET", f"{prefix}/{name}") for name in ("key", "usage", "models")),
             ("GET", f"{prefix}/models/org/tiny-moe"),
         }
         expected |= {

@@ -8,7 +8,6 @@ what this process changes holds at once.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -175,13 +174,18 @@ class AccountBook:
     async def keep_alive(self) -> None:
         """Say now and then that this process is there, and close what others left open. Runs for ever."""
         while True:
-            with contextlib.suppress(DatabaseUnavailableError):
-                await asyncio.wrap_future(self._database.write(self._beat))
+            beat = partial(self._beat, used=self._take_used())
+            try:
+                await asyncio.wrap_future(self._database.write(beat))
+            except DatabaseUnavailableError:
+                pass  # it has been logged, and the next one may be heard
+            except Exception:
+                log.exception("a heartbeat failed")
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def close(self) -> None:
         """Write what waits. No request runs any more."""
-        self._database.write(self._note_use)
+        self._database.write(partial(key_store.note_use, times=self._take_used()))
         self._database.write(partial(ledger.end_lease, lease=self._lease))
         self._database.close()
 
@@ -232,15 +236,16 @@ class AccountBook:
                 raise DatabaseUnavailableError("it takes too long") from None
             raise
 
-    def _beat(self, connection: Connection) -> None:
+    def _take_used(self) -> dict[str, int]:
+        """When keys were used since this was asked last. Here, because the database's thread is another."""
+        used, self._used = self._used, {}
+        return used
+
+    def _beat(self, connection: Connection, used: dict[str, int]) -> None:
         ledger.renew_lease(connection, self._lease, self.now)
         num_closed = ledger.close_abandoned(connection, self.now - DEAD_SECONDS, self.now)
         if num_closed:
             log.warning("reservations of a server that died were given back", requests=num_closed)
-        self._note_use(connection)
-
-    def _note_use(self, connection: Connection) -> None:
-        used, self._used = self._used, {}
         key_store.note_use(connection, used)
 
 

@@ -1,4 +1,4 @@
-"""Who gets in: at most so many sequences at once, of all callers together and of each caller.
+"""Who gets in: at most so many sequences at once, of all callers together, of each key and each account.
 
 A permit is held from before a body is validated until its answer has been sent, a stream's to its end. Who
 does not get in is told at once, and told when to try again: 503 where the server is full, 429 where the
@@ -12,11 +12,10 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from starlette.requests import Request
-
+from toptwo.accounts.caller import Caller
 from toptwo.errors import ApiError
 
 LONGEST_RETRY_SECONDS = 60
@@ -30,7 +29,7 @@ class AdmissionLimits:
     """How many sequences may be open at once; every choice of an answer is one.
 
     max_running: what the engine runs at once. max_queue: what may wait beyond.
-    max_per_key: of one key's; None for no limit.
+    max_per_key: of one key's; None for no limit but the key's own.
     """
 
     max_running: int = 64
@@ -98,26 +97,12 @@ class Admission:
         self._limits = limits
         self._clock = clock
         self._all = Places(limits.max_running + limits.max_queue, limits.max_running, clock)
-        self._of_key: dict[str, Places] = {}  # only keys that were accepted come here, so it is bounded
+        self._of_owner: dict[str, Places] = {}  # only keys that were accepted come here, so it is bounded
 
     @property
     def num_open(self) -> int:
         """Sequences that are inside."""
         return self._all.num_taken
-
-    async def hold(self, request: Request) -> AsyncGenerator[None, None]:
-        """A FastAPI dependency that leaves a permit in `request.state.permit` until the answer has been sent.
-
-        It comes behind the authentication. Raises ApiError (429, 503) when there is no room anyway: then
-        there is no need to read the body.
-        """
-        permit = Permit(self, request.state.key_id)
-        permit.require_room(1)
-        request.state.permit = permit
-        try:
-            yield
-        finally:
-            permit.release()
 
     def overloaded(self, count: int = 1) -> ApiError:
         """The answer to who wants so many places of a full server."""
@@ -129,56 +114,69 @@ class Admission:
             code="overloaded",
         )
 
-    def places(self, key_id: str) -> tuple[Places, Places | None]:
-        """Those of all callers, and those of one key where it has a limit."""
-        most = self._limits.max_per_key
-        if most is None:
-            return self._all, None
-        return self._all, self._of_key.setdefault(key_id, Places(most, most, self._clock))
+    def places(self, caller: Caller) -> tuple[Places, dict[str, Places]]:
+        """Those of all callers, and those of the caller's key and account where they have limits."""
+        most = [self._limits.max_per_key, caller.key_limits.concurrent_requests]
+        limits = {
+            "key": (caller.key_id, min((each for each in most if each is not None), default=None)),
+            "account": (caller.account_id, caller.account_limits.concurrent_requests),
+        }
+        own = {
+            whose: self._own_places(owner, limit)
+            for whose, (owner, limit) in limits.items()
+            if owner is not None and limit is not None
+        }
+        return self._all, own
+
+    def _own_places(self, owner: str, limit: int) -> Places:
+        places = self._of_owner.setdefault(owner, Places(limit, limit, self._clock))
+        places.limit = limit  # it may have been changed since
+        return places
 
 
 class Permit:
-    """The places of one request."""
+    """The places of one request. It is held until its answer has been sent."""
 
-    def __init__(self, admission: Admission, key_id: str) -> None:
+    def __init__(self, admission: Admission, caller: Caller) -> None:
         self._admission = admission
-        self._all, self._own = admission.places(key_id)
+        self._all, self._own = admission.places(caller)
         self._count = 0
 
     def take(self, count: int) -> None:
         """Take so many places more. Raises ApiError (429, 503; 400 where there are never so many)."""
         self.require_room(count)
-        for places in self._both:
+        for places in self._every:
             places.take(count)
         self._count += count
 
     def require_room(self, count: int) -> None:
         """What `take` raises, without taking any."""
         wanted = self._count + count
-        most = min(places.limit for places in self._both)
+        most = min(places.limit for places in self._every)
         if wanted > most:
             message = f"The request asks for {wanted} answers at once; at most {most} can be had."
             raise ApiError(message, code="invalid_value")
-        if self._own is not None and not self._own.have_room(count):
-            raise _refusal(
-                self._own.promise(wanted),
-                f"Your key's limit of {self._own.limit} requests at once is reached.",
-                status=429,
-                kind="rate_limit_error",
-                code="rate_limit_exceeded",
-            )
+        for whose, places in self._own.items():
+            if not places.have_room(count):
+                raise _refusal(
+                    places.promise(wanted),
+                    f"Your {whose}'s limit of {places.limit} requests at once is reached.",
+                    status=429,
+                    kind="rate_limit_error",
+                    code="rate_limit_exceeded",
+                )
         if not self._all.have_room(count):
             raise self._admission.overloaded(wanted)
 
     def release(self) -> None:
         """Give all places back."""
-        for places in self._both:
+        for places in self._every:
             places.free(self._count)
         self._count = 0
 
     @property
-    def _both(self) -> list[Places]:
-        return [self._all] if self._own is None else [self._own, self._all]
+    def _every(self) -> list[Places]:
+        return [*self._own.values(), self._all]
 
 
 def _refusal(seconds: int, message: str, *, status: int, kind: str, code: str) -> ApiError:

@@ -24,7 +24,7 @@ from toptwo.api.chat_translation import prompt_ids_of, translated_job
 from toptwo.api.job import GenerationJob, JobTicket, Workshop
 from toptwo.api.named_events import named_events, write_whole
 from toptwo.api.sampling_schema import INT32_MAX
-from toptwo.api.security import Authenticator
+from toptwo.api.security import Authenticator, invalid_key
 from toptwo.api.service import Service, ignored_header
 from toptwo.api.sse import EventStream
 from toptwo.api.tokens import in_text_thread
@@ -34,23 +34,15 @@ KEY_HEADER = "x-api-key"
 
 
 class AnthropicAuthenticator(Authenticator):
-    """Admits requests with an accepted key in x-api-key, or else with a bearer key. Raises ApiError (401)."""
+    """Admits requests with an accepted key in x-api-key, or else with a bearer key."""
 
-    async def __call__(self, request: Request) -> str:
-        """The id of the caller's key."""
+    def _presented(self, request: Request) -> str:
         headers = request.headers.getlist(KEY_HEADER)
         if not headers:
-            return await super().__call__(request)
-        key_id = self._keys.verify(headers[0].strip()) if len(headers) == 1 else None
-        if key_id is None:
-            raise ApiError(
-                "The API key is not valid.",
-                status=401,
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        request.state.key_id = key_id
-        return key_id
+            return super()._presented(request)
+        if len(headers) > 1:
+            raise invalid_key()
+        return headers[0].strip()
 
 
 class AnthropicRoute(APIRoute):
@@ -79,7 +71,7 @@ class AnthropicEndpoints:
         """Answer a conversation, whole or as a stream."""
         parsed = await self.service.parse(request, MessagesRequest)
         wanted = parsed.request
-        self.service.require_model(wanted.model)
+        self.service.require_model(request, wanted.model)
         with_thoughts = wants_thoughts(wanted, can_think=self._can_think)
         head = self.service.head("msg")
         head = replace(head, completion_id=head.completion_id.replace("-", "_", 1))
@@ -89,6 +81,7 @@ class AnthropicEndpoints:
             return translated_job(chat_of(wanted, can_think=self._can_think), ticket, workshop, NAMES)
 
         job = await self.service.prepare(request, head.completion_id, make_job)
+        await self.service.reserve(request, head.completion_id, job)
         deltas = self.service.deltas(job)
         writer = MessageWriter(head, len(job.requests[0].prompt_ids), with_thoughts=with_thoughts)
         if wanted.stream:
@@ -99,7 +92,7 @@ class AnthropicEndpoints:
     async def count_tokens(self, request: Request) -> Response:
         """How many tokens the prompt of a conversation has."""
         parsed = await self.service.parse(request, CountTokensRequest)
-        self.service.require_model(parsed.request.model)
+        self.service.require_model(request, parsed.request.model)
         workshop = Workshop(self.service.model, INT32_MAX)
 
         def prompt_ids() -> list[int]:
@@ -116,7 +109,7 @@ class AnthropicEndpoints:
 def messages_router(service: Service, authenticate: AnthropicAuthenticator) -> APIRouter:
     """The routes, without a prefix. Every one needs a key."""
     router = APIRouter(
-        dependencies=[Depends(authenticate), Depends(service.admission.hold)],
+        dependencies=[Depends(authenticate), Depends(service.enter)],
         tags=["anthropic"],
         route_class=AnthropicRoute,
     )

@@ -36,7 +36,7 @@ class CompletionsEndpoint:
         """Continue one or more prompts, whole or as a stream."""
         parsed = await self.service.parse(request, CompletionRequest)
         wanted = parsed.request
-        self.service.require_model(wanted.model)
+        self.service.require_model(request, wanted.model)
         head = self.service.head("cmpl")
         headers = ignored_header(parsed.ignored)
         jobs = [
@@ -46,6 +46,8 @@ class CompletionsEndpoint:
             for number, prompt in enumerate(wanted.prompts)
         ]
         form = form_of(wanted, [job.requests[0].prompt_ids for job in jobs], self.service.model.tokenizer)
+        request.state.record.shows_output = form.has_output
+        await self.service.reserve(request, head.completion_id, *jobs)
         deltas = merge(
             [numbered(self.service.deltas(job), at, wanted.num_candidates) for at, job in enumerate(jobs)]
         )
@@ -60,7 +62,7 @@ class CompletionsEndpoint:
 
 def completions_router(service: Service, authenticate: Authenticator) -> APIRouter:
     """The route, without a prefix. It needs a key."""
-    router = APIRouter(dependencies=[Depends(authenticate), Depends(service.admission.hold)], tags=["openai"])
+    router = APIRouter(dependencies=[Depends(authenticate), Depends(service.enter)], tags=["openai"])
     endpoint = CompletionsEndpoint(service)
     router.add_api_route("/completions", endpoint.create_completion, methods=["POST"])
     return router

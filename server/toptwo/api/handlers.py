@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from toptwo.api.security import Authenticator
+from toptwo.api.security import Credentials, address_of, bearer_of
 from toptwo.errors import ApiError, internal_error
 from toptwo.telemetry.metrics import Metrics
 from toptwo.telemetry.record import CLIENT_LEFT, RequestRecord
@@ -29,7 +29,7 @@ log = structlog.get_logger()
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
-def install_error_handlers(app: FastAPI, authenticate: Authenticator) -> None:
+def install_error_handlers(app: FastAPI, credentials: Credentials) -> None:
     """Answer errors in the envelope.
 
     Paths and methods that do not exist ask for a key too: without one a caller learns nothing, and a
@@ -43,7 +43,7 @@ def install_error_handlers(app: FastAPI, authenticate: Authenticator) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         try:
-            await authenticate(request)
+            await credentials.identify(bearer_of(request), address_of(request))
         except ApiError as refusal:
             return error_response(refusal)
         return error_response(
@@ -71,9 +71,9 @@ def error_response(error: ApiError) -> JSONResponse:
 class RequestEnvelope:
     """ASGI middleware: names, times and records each request, and turns what nobody handled into a plain 500.
 
-    Response headers: x-request-id (the caller's, when it is a sane one) and openai-processing-ms (until
-    the answer began). Whatever is logged on the way has the same id; handlers find the record in
-    `request.state.record`.
+    Response headers: x-request-id (the caller's, when it is a sane one), openai-processing-ms (until the
+    answer began), and what is left of the caller's limits. Whatever is logged on the way has the same id;
+    handlers find the record in `request.state.record`.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -96,6 +96,8 @@ class RequestEnvelope:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = record.request_id
+                if "tab" in state:
+                    headers.update(state["tab"].headers())
                 headers["openai-processing-ms"] = str(int((time.perf_counter() - record.began) * 1000))
             await send(message)
 

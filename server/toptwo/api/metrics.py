@@ -11,12 +11,14 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from toptwo.api.fair_threads import FairThreads
-from toptwo.api.security import Authenticator
+from toptwo.api.security import OperatorAuthenticator
 from toptwo.api.service import Service
 from toptwo.telemetry.metrics import CONTENT_TYPE, EngineView, Metrics
 
 
-def metrics_router(service: Service, metrics: Metrics, authenticate: Authenticator | None) -> APIRouter:
+def metrics_router(
+    service: Service, metrics: Metrics, authenticate: OperatorAuthenticator | None
+) -> APIRouter:
     """The route. It needs a key unless there is nobody to check it."""
     router = APIRouter(dependencies=[Depends(authenticate)] if authenticate else [], tags=["metrics"])
     threads = FairThreads(

@@ -35,7 +35,7 @@ class ResponsesEndpoint:
         """Answer a conversation, whole or as a stream."""
         parsed = await self.service.parse(request, ResponsesRequest)
         wanted = parsed.request
-        self.service.require_model(wanted.model)
+        self.service.require_model(request, wanted.model)
         head = self.service.head("resp")
         head = replace(head, completion_id=head.completion_id.replace("-", "_", 1))
         model = self.service.model
@@ -47,6 +47,7 @@ class ResponsesEndpoint:
             return translated_job(chat_of(wanted, abilities), ticket, workshop, NAMES)
 
         job = await self.service.prepare(request, head.completion_id, make_job)
+        await self.service.reserve(request, head.completion_id, job)
         deltas = self.service.deltas(job)
         writer = ResponseWriter(head, wanted)
         if wanted.stream:
@@ -58,6 +59,6 @@ class ResponsesEndpoint:
 
 def responses_router(service: Service, authenticate: Authenticator) -> APIRouter:
     """The route, without a prefix. It needs a key."""
-    router = APIRouter(dependencies=[Depends(authenticate), Depends(service.admission.hold)], tags=["openai"])
+    router = APIRouter(dependencies=[Depends(authenticate), Depends(service.enter)], tags=["openai"])
     router.add_api_route("/responses", ResponsesEndpoint(service).create_response, methods=["POST"])
     return router

@@ -14,7 +14,10 @@ from functools import partial
 
 from starlette.requests import Request
 
+from toptwo.accounts.book import AccountBook
+from toptwo.accounts.caller import Caller
 from toptwo.api.admission import Admission, Permit
+from toptwo.api.billing import Tab
 from toptwo.api.body import read_body, run_while_connected
 from toptwo.api.completion import ChoiceText, CompletionHead, collect, fingerprint
 from toptwo.api.events import RETRY_AFTER_SECONDS, engine_unavailable
@@ -22,6 +25,7 @@ from toptwo.api.fair_threads import FairThreads
 from toptwo.api.generation import Delta, generate
 from toptwo.api.health import Lifecycle
 from toptwo.api.job import GenerationJob, JobTicket, Workshop
+from toptwo.api.security import forbidden
 from toptwo.api.validation import Parsed, Schema, parse_body
 from toptwo.engine.client import Engine
 from toptwo.errors import ApiError
@@ -48,8 +52,26 @@ class Service:
     grammars: GrammarChecker
     lifecycle: Lifecycle
     admission: Admission
+    book: AccountBook | None = None
     text_threads: FairThreads = field(default_factory=lambda: FairThreads(_NUM_TEXT_THREADS))
     grammar_threads: FairThreads = field(default_factory=lambda: FairThreads(_NUM_GRAMMAR_THREADS))
+
+    async def enter(self, request: Request) -> AsyncGenerator[None, None]:
+        """A FastAPI dependency that leaves a permit and a tab in the request's state until it is answered.
+
+        It comes behind the authentication. Raises ApiError (429, 503) when there is no room anyway: then
+        there is no need to read the body.
+        """
+        caller: Caller = request.state.caller
+        request.state.permit = permit = Permit(self.admission, caller)
+        request.state.tab = tab = Tab(self.book, caller, request.state.record)
+        permit.require_room(1)
+        tab.take_request()
+        try:
+            yield
+        finally:
+            permit.release()
+            tab.close()
 
     async def parse(self, request: Request, schema: type[Schema]) -> Parsed[Schema]:
         """The request's body as the schema, once there is room for what it asks for.
@@ -65,6 +87,7 @@ class Service:
         else:
             parsed = await self.text_threads.run(request.state.key_id, partial(parse_body, body, schema))
         permit.take(parsed.request.num_sequences - 1)
+        request.state.tab.is_stream = parsed.request.is_stream
         return parsed
 
     def head(self, kind: str) -> CompletionHead:
@@ -81,6 +104,15 @@ class Service:
         job = await run_while_connected(request, self._make(make_job, ticket, workshop))
         return replace(job, record=record)
 
+    async def reserve(self, request: Request, request_id: str, *jobs: GenerationJob) -> None:
+        """Keep what the jobs may take of the caller's limits and credit, before any of them runs.
+
+        Raises ApiError (429, 503) and ClientDisconnect.
+        """
+        tab: Tab = request.state.tab
+        if tab.is_charged:
+            await run_while_connected(request, tab.reserve(request_id, self.model.name, jobs))
+
     def deltas(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
         """The answer in pieces."""
         return generate(self.engine, self.model, job, self.admission.overloaded)
@@ -89,8 +121,8 @@ class Service:
         """The whole answer. Raises ApiError (500, 503) and ClientDisconnect."""
         return await run_while_connected(request, self._collect(job))
 
-    def require_model(self, name: str) -> None:
-        """Raises ApiError (404) unless it is the name of the model."""
+    def require_model(self, request: Request, name: str) -> None:
+        """Raises ApiError: 404 unless it is the name of the model, 403 where the caller's key excludes it."""
         if name != self.model.name:
             raise ApiError(
                 f"The model '{name[:64]}' does not exist or you do not have access to it.",
@@ -98,6 +130,9 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+        caller: Caller = request.state.caller
+        if caller.models is not None and name not in caller.models:
+            raise forbidden(f"The API key may not use the model '{name}'.", "model_access_denied")
 
     def require_engine(self) -> EngineInfo:
         """What the engine is. Raises ApiError (503) when nothing new can be served now."""

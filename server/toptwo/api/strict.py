@@ -38,6 +38,11 @@ class StrictModel(BaseModel):
         return []
 
     @property
+    def is_stream(self) -> bool:
+        """Whether the answer is to come in pieces."""
+        return bool(getattr(self, "stream", None))
+
+    @property
     def num_sequences(self) -> int:
         """How many sequences the request as a whole has the engine generate; 1 also where it has none."""
         return 1

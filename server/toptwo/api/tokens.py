@@ -79,7 +79,7 @@ class TokensEndpoints:
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a prompt or of a conversation."""
         parsed = await self.service.parse(request, TokenizeRequest)
-        self._require_model(parsed.request.model)
+        self._require_model(request, parsed.request.model)
         max_model_len = self.service.require_engine().max_model_len
         workshop = Workshop(self.service.model, max_model_len)
         work = partial(_tokenized, parsed.request, workshop)
@@ -89,19 +89,19 @@ class TokensEndpoints:
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, that of control tokens included."""
         parsed = await self.service.parse(request, DetokenizeRequest)
-        self._require_model(parsed.request.model)
+        self._require_model(request, parsed.request.model)
         work = partial(_detokenized, parsed.request.tokens, self.service.model.tokenizer)
         body = await in_text_thread(self.service, request, work)
         return Response(body, media_type="application/json", headers=ignored_header(parsed.ignored))
 
-    def _require_model(self, name: str | None) -> None:
+    def _require_model(self, request: Request, name: str | None) -> None:
         if name is not None:
-            self.service.require_model(name)
+            self.service.require_model(request, name)
 
 
 def tokens_router(service: Service, authenticate: Authenticator) -> APIRouter:
     """The routes, without a prefix. Every one needs a key."""
-    router = APIRouter(dependencies=[Depends(authenticate), Depends(service.admission.hold)], tags=["tokens"])
+    router = APIRouter(dependencies=[Depends(authenticate), Depends(service.enter)], tags=["tokens"])
     endpoints = TokensEndpoints(service)
     router.add_api_route("/tokenize", endpoints.tokenize, methods=["POST"])
     router.add_api_route("/detokenize", endpoints.detokenize, methods=["POST"])

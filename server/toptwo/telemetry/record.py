@@ -31,6 +31,8 @@ class RequestRecord:
 
     request_id: the one that its answer carries. began: by time.perf_counter.
     num_sequences: how many were to be generated. finish_reasons: of those that have ended.
+    prompt_tokens: of all prompts; begun_prompt_tokens: of those whose answers have begun.
+    shows_output: False where the tokens that are generated are nobody's business, and not counted.
     first_token: when the first token of any came. queue_seconds: how long the first one waited for its turn.
     """
 
@@ -39,7 +41,9 @@ class RequestRecord:
     began: float = field(default_factory=time.perf_counter)
     num_sequences: int = 0
     finish_reasons: list[FinishReason] = field(default_factory=list)
+    shows_output: bool = True
     prompt_tokens: int = 0
+    begun_prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     first_token: float | None = None
@@ -50,10 +54,20 @@ class RequestRecord:
         self.prompt_tokens += num_prompt_tokens
         self.num_sequences += num_sequences
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the server gave up on any sequence."""
+        return "error" in self.finish_reasons or "overload" in self.finish_reasons
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every sequence has ended as it should."""
+        done = sum(reason in ("stop", "length") for reason in self.finish_reasons)
+        return 0 < self.num_sequences == done
+
     def outcome(self, status: int) -> Outcome:
         """How it ended. status: of the answer, which a stream has from its beginning."""
-        failed = "error" in self.finish_reasons or "overload" in self.finish_reasons
-        if failed or (self.num_sequences and status >= 500):
+        if self.has_failed or (self.num_sequences and status >= 500):
             return "failed"
         if status == CLIENT_LEFT or self.num_sequences > len(self.finish_reasons):
             return "cancelled"
@@ -96,8 +110,9 @@ class RequestRecord:
 class SequenceRecord:
     """One sequence of a request, from its events. is_first: of those with the same prompt."""
 
-    def __init__(self, request: RequestRecord, *, is_first: bool) -> None:
+    def __init__(self, request: RequestRecord, num_prompt_tokens: int, *, is_first: bool) -> None:
         self._request = request
+        self._num_prompt_tokens = num_prompt_tokens
         self._is_first = is_first
         self._last: float | None = None
         self._has_ended = False
@@ -108,7 +123,8 @@ class SequenceRecord:
         if not count:
             return
         now = time.perf_counter()
-        request.completion_tokens += count
+        if request.shows_output:
+            request.completion_tokens += count
         if self._last is None:
             self._begin(event, now)
         else:
@@ -123,6 +139,7 @@ class SequenceRecord:
         if event.queue_seconds is not None:
             request.metrics.queue_seconds.add(event.queue_seconds)
         if self._is_first:
+            request.begun_prompt_tokens += self._num_prompt_tokens
             request.cached_tokens += event.num_cached_tokens
 
     def end(self, reason: FinishReason) -> bool:
@@ -137,4 +154,4 @@ class SequenceRecord:
 def sequence_records(request: RequestRecord, num_prompt_tokens: int, count: int) -> Sequence[SequenceRecord]:
     """The records of all sequences that answer one prompt."""
     request.expect(num_prompt_tokens, count)
-    return [SequenceRecord(request, is_first=at == 0) for at in range(count)]
+    return [SequenceRecord(request, num_prompt_tokens, is_first=at == 0) for at in range(count)]
