@@ -136,11 +136,6 @@ class Database:
         self._writer = threading.Thread(target=self._write_all, name="accounts-write", daemon=True)
         self._writer.start()
 
-    @property
-    def num_waiting(self) -> int:
-        """Writes that nobody has begun yet."""
-        return self._queue.qsize()
-
     def write(self, work: Callable[[Connection], Result], *, persistent: bool = False) -> Future[Result]:
         """Its result, once it is on the disk. Raises DatabaseUnavailableError, or what `work` raises."""
         future: Future[Result] = Future()
