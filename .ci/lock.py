@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HEADER = "# Made by `make lock`; do not edit.\n"
+EXTRAS = ("hub", "postgresql", "sign-in")  # what an image has beside a plain installation
 CUDA = ("cuda-", "nvidia-", "triton")
 
 # torch's builds for CPUs, which are not in the index: pip must be shown a place that has them.
@@ -57,7 +58,8 @@ def write(name: str, entries: list[str]) -> None:
 
 
 def main() -> None:
-    entries = resolve("pyproject.toml", "--extra", "hub")
+    extras = [word for extra in EXTRAS for word in ("--extra", extra)]
+    entries = resolve("pyproject.toml", *extras)
     write("requirements.lock", for_cpus(entries))
     write("requirements-cuda.lock", entries)
     write("requirements-build.lock", resolve("-"))

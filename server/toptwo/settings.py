@@ -8,9 +8,11 @@ resolved later, once, into a frozen config; nothing in this module looks at the 
 from __future__ import annotations
 
 import os
+import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -18,8 +20,17 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from toptwo.errors import StartupError
 
 ENV_PREFIX = "TOPTWO_"
-SECRETS = ("api_key", "admin_key", "database_url")
+SECRETS = (
+    "api_key",
+    "admin_key",
+    "database_url",
+    "github_client_secret",
+    "google_client_secret",
+    "oidc_client_secret",
+)
 """Fields that are shown to nobody, and not handed to other processes."""
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -72,6 +83,30 @@ class Settings(BaseSettings):
         False,
         description="While the accounts' database cannot be used, serve keys that are known, uncharged; "
         "otherwise they get a 503.",
+    )
+    public_url: str | None = Field(
+        None, description="Where browsers reach the server, as https://llm.example.org; for signing in."
+    )
+    sign_in_allow: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Who may sign in at the console: an e-mail address, @domain, or * for everybody; "
+        "repeatable.",
+    )
+    github_client_id: str | None = Field(
+        None, min_length=1, description="Client id at GitHub, for people to sign in with it."
+    )
+    github_client_secret: str | None = Field(None, min_length=1, description="The secret that goes with it.")
+    google_client_id: str | None = Field(
+        None, min_length=1, description="Client id at Google, for people to sign in with it."
+    )
+    google_client_secret: str | None = Field(None, min_length=1, description="The secret that goes with it.")
+    oidc_issuer: str | None = Field(
+        None, description="Any other OpenID Connect provider, as https://login.example.org."
+    )
+    oidc_client_id: str | None = Field(None, min_length=1, description="Client id at that provider.")
+    oidc_client_secret: str | None = Field(None, min_length=1, description="The secret that goes with it.")
+    oidc_label: str = Field(
+        "OpenID Connect", min_length=1, max_length=40, description="What people call that provider."
     )
     served_model_name: str | None = Field(
         None, min_length=1, description="Model id that clients use; by default the model's own name."
@@ -155,9 +190,14 @@ class Settings(BaseSettings):
     )
     log_level: LogLevel = Field("info", description="Least severe messages that are logged.")
 
-    @field_validator("api_key", "admin_key", mode="before")
+    @property
+    def signs_in(self) -> bool:
+        """Whether people can sign in with a provider of identities."""
+        return bool(self.github_client_id or self.google_client_id or self.oidc_client_id)
+
+    @field_validator("api_key", "admin_key", "sign_in_allow", mode="before")
     @classmethod
-    def _split_keys(cls, value: object) -> object:
+    def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
     @field_validator("api_key", "admin_key")
@@ -170,6 +210,33 @@ class Settings(BaseSettings):
             if not key.isascii() or any(c.isspace() or not c.isprintable() for c in key):
                 raise ValueError("a key must be printable ASCII without spaces")
         return keys
+
+    @field_validator("sign_in_allow")
+    @classmethod
+    def _refuse_unclear_guests(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in entries:
+            if entry != "*" and not re.fullmatch(r"[^@\s]*@[^@\s]+", entry):
+                raise ValueError("each must be an e-mail address, @domain or *")
+        return entries
+
+    @field_validator("public_url", "oidc_issuer")
+    @classmethod
+    def _refuse_open_lines(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError("it must be an address like https://example.org")
+        if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+            raise ValueError("it must begin with https://, unless it is on this machine")
+        return url
+
+    @field_validator("public_url")
+    @classmethod
+    def _refuse_path(cls, url: str | None) -> str | None:
+        if url is not None and urlsplit(url).path.strip("/"):
+            raise ValueError("it must be an address without a path")
+        return url and url.rstrip("/")
 
     @field_validator("cache_dir", "data_dir", "chat_template", "default_model_wheel")
     @classmethod
