@@ -6,9 +6,10 @@ not know processes, sockets or how the engine is started.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from toptwo.accounts.book import AccountBook
 from toptwo.api.admin import AdminEndpoints, admin_router
@@ -21,6 +22,8 @@ from toptwo.api.health import Lifecycle, health_router
 from toptwo.api.metrics import metrics_router
 from toptwo.api.openai import OpenAIEndpoints, openai_router
 from toptwo.api.openapi import openapi_router
+from toptwo.api.owner import OwnerAuthenticator, OwnerEndpoints, owner_router
+from toptwo.api.pages import CONSOLE, pages_router
 from toptwo.api.responses import responses_router
 from toptwo.api.security import (
     NOBODY,
@@ -32,8 +35,10 @@ from toptwo.api.security import (
 )
 from toptwo.api.self_service import SelfServiceEndpoints, self_service_router
 from toptwo.api.service import Service
+from toptwo.api.sign_in import SignInEndpoints, sign_in_router
 from toptwo.api.tokens import tokens_router
 from toptwo.engine.client import Engine
+from toptwo.identity.opening import SignIn
 from toptwo.settings import MetricsAccess
 from toptwo.telemetry.metrics import Metrics
 from toptwo.text.grammar import GrammarChecker
@@ -48,7 +53,7 @@ class AppOptions:
     """limits: how many sequences may be open at once. metrics: who may read /metrics.
 
     book: the accounts, where there are any. admin_keys: who may manage them, beside management keys.
-    account_grant: micro-credits that a new account begins with.
+    account_grant: micro-credits that a new account begins with. sign_in: how people may make their own.
     """
 
     limits: AdmissionLimits = DEFAULT_LIMITS
@@ -56,6 +61,7 @@ class AppOptions:
     book: AccountBook | None = None
     admin_keys: KeyRing = NOBODY
     account_grant: int = 0
+    sign_in: SignIn | None = None
 
 
 DEFAULTS = AppOptions()
@@ -102,8 +108,8 @@ def create_app(
             app.include_router(router, prefix=prefix)
     app.include_router(openapi_router(OPENAI_PREFIXES, model.name, authenticate))
     if options.book is not None:
-        admin = AdminEndpoints(options.book, options.account_grant)
-        app.include_router(admin_router(admin, ManagerAuthenticator(credentials)))
+        for router in _account_routers(options.book, options, credentials):
+            app.include_router(router)
     app.include_router(health_router(engine, lifecycle))
     if options.metrics != "off":
         app.include_router(
@@ -114,3 +120,13 @@ def create_app(
     install_error_handlers(app, credentials)
     app.add_middleware(RequestEnvelope, metrics=metrics)
     return app
+
+
+def _account_routers(book: AccountBook, options: AppOptions, credentials: Credentials) -> Iterator[APIRouter]:
+    """What only a server with accounts has: their management, and the console."""
+    yield admin_router(AdminEndpoints(book, options.account_grant), ManagerAuthenticator(credentials))
+    yield pages_router()
+    yield sign_in_router(SignInEndpoints(book, options.sign_in, options.account_grant))
+    if options.sign_in is not None:
+        authenticate = OwnerAuthenticator(book, options.sign_in.public_url)
+        yield owner_router(OwnerEndpoints(book), authenticate, f"{CONSOLE}/account")

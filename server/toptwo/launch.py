@@ -37,6 +37,7 @@ from toptwo.banner import print_banner, print_chat_off, print_key
 from toptwo.engine.supervisor import EngineCommand, Supervisor
 from toptwo.errors import StartupError
 from toptwo.heap import keep_heap_small
+from toptwo.identity.opening import SignIn, open_sign_in
 from toptwo.local_key import LocalKey, load_or_create_key
 from toptwo.messages import EngineInfo
 from toptwo.settings import SECRETS, Settings, environment_without_settings, unknown_variables
@@ -74,10 +75,12 @@ def serve(settings: Settings, sources: dict[str, str], console: Console) -> None
     keep_heap_small()
     for name in unknown_variables():
         log.warning("there is no such setting; the variable is ignored", variable=name)
+    sign_in = open_sign_in(settings)
     with contextlib.closing(_bind(settings)) as listener, _run_dir() as run_dir:
         source = find_model(settings, console)
         with _accounts(settings) as book, _key(settings, book) as key:
-            uvloop.run(_Site(settings, sources, console, source, key, book, listener, run_dir).run())
+            site = _Site(settings, sources, console, source, key, book, sign_in, listener, run_dir)
+            uvloop.run(site.run())
 
 
 def _raise_file_limit() -> None:
@@ -178,6 +181,7 @@ class _Site:
     source: ModelSource
     key: LocalKey | None
     book: AccountBook | None
+    sign_in: SignIn | None
     listener: socket.socket
     run_dir: Path
     has_chat: bool = True  # this and the next are known when the model's words have been read
@@ -245,7 +249,7 @@ class _Site:
         keys = KeyRing.from_keys([self.key.secret] if self.key else self.settings.api_key)
         admin_keys = KeyRing.from_keys(self.settings.admin_key)
         grant = grant_of(self.settings)
-        options = AppOptions(limits, self.settings.metrics, self.book, admin_keys, grant)
+        options = AppOptions(limits, self.settings.metrics, self.book, admin_keys, grant, self.sign_in)
         app = create_app(supervisor.client, model, grammars, keys, self.lifecycle, options)
         return _Server(
             uvicorn.Config(

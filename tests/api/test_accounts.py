@@ -29,6 +29,7 @@ from toptwo.accounts.usage import UsageQuery, UsageRow, summarise
 from toptwo.api.health import Lifecycle
 from toptwo.api.security import WRONG_KEYS_PER_MINUTE, KeyRing
 from toptwo.app import AppOptions, create_app
+from toptwo.identity.opening import SignIn
 
 URL = "/v3/openai/chat/completions"
 ADMIN_KEY = "the-admin-key"
@@ -45,6 +46,7 @@ class Shop:
     path: Path
     engine: FakeEngine = field(default_factory=lambda: FakeEngine(Script(token_ids=TOKENS)))
     clock: float = 0.0
+    sign_in: SignIn | None = None
 
     def __post_init__(self) -> None:
         url = f"sqlite:///{self.path}"
@@ -53,7 +55,12 @@ class Shop:
         migrate(engine)
         self.database = Database(engine)
         self.book = AccountBook(self.database, clock=lambda: self.clock, now=lambda: NOW + self.clock)
-        options = AppOptions(book=self.book, admin_keys=KeyRing.from_keys([ADMIN_KEY]), account_grant=500_000)
+        options = AppOptions(
+            book=self.book,
+            admin_keys=KeyRing.from_keys([ADMIN_KEY]),
+            account_grant=500_000,
+            sign_in=self.sign_in,
+        )
         keys = KeyRing.from_keys([KEY])
         self.app: FastAPI = create_app(
             self.engine, served_model(), FakeGrammars(), keys, Lifecycle(), options

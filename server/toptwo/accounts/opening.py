@@ -21,10 +21,12 @@ FILE_NAME = "accounts.db"
 
 def are_on(settings: Settings) -> bool:
     """Whether a server with these settings has accounts. Raises StartupError for what contradicts itself."""
-    wanted = settings.database_url is not None or bool(settings.admin_key)
+    wanted = settings.database_url is not None or bool(settings.admin_key) or settings.signs_in
     if settings.accounts == "off":
         if wanted:
-            raise StartupError("--accounts off: there is no use for --database-url or --admin-key then")
+            raise StartupError(
+                "--accounts off: there is no use for --database-url, --admin-key or signing in then"
+            )
         return False
     return settings.accounts == "on" or wanted or _file(settings).exists()
 

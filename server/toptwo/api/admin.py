@@ -5,8 +5,8 @@ Knows HTTP and the book of accounts; what is done, and that it is put on record,
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,15 +18,11 @@ from starlette.responses import JSONResponse, Response
 from toptwo.accounts import audit, key_store, ledger, store
 from toptwo.accounts.audit import Actor
 from toptwo.accounts.book import AccountBook
-from toptwo.accounts.caller import SCOPES
-from toptwo.accounts.database import DatabaseUnavailableError
-from toptwo.accounts.key_store import KeyInfo, KeyRequest
-from toptwo.accounts.keys import NewKey
-from toptwo.accounts.ledger import InsufficientQuotaError
 from toptwo.accounts.money import Price
-from toptwo.accounts.store import NewAccount, NotFoundError
-from toptwo.accounts.usage import UsageRow, as_csv, summarise
+from toptwo.accounts.store import NewAccount
+from toptwo.accounts.usage import summarise
 from toptwo.accounts.views import show_account, show_audit, show_entry, show_key, show_price
+from toptwo.api.account_answers import answered, new_key_answer, page_answer, parsed, usage_answer
 from toptwo.api.admin_query import Query
 from toptwo.api.admin_schema import (
     ChangeAccount,
@@ -37,9 +33,7 @@ from toptwo.api.admin_schema import (
     RotateKey,
     SetPrice,
 )
-from toptwo.api.body import read_body
-from toptwo.api.security import ManagerAuthenticator, accounts_unavailable, address_of
-from toptwo.api.validation import Schema, parse_body
+from toptwo.api.security import ManagerAuthenticator, address_of
 from toptwo.errors import ApiError
 
 Result = TypeVar("Result")
@@ -55,7 +49,7 @@ class AdminEndpoints:
 
     async def create_account(self, request: Request) -> Response:
         """A new account."""
-        body = await _parse(request, CreateAccount)
+        body = await parsed(request, CreateAccount)
         grant = self.grant if body.grant_microcredits is None else body.grant_microcredits
         new = NewAccount(body.name, body.email, grant, body.limits.limits())
         made = await self._write(store.create_account, actor=_actor(request), new=new, at=self.book.now)
@@ -65,7 +59,7 @@ class AdminEndpoints:
         """A page of accounts."""
         query = Query(request, "after", "limit")
         found = await self._read(store.list_accounts, after=query.text("after") or "", limit=query.limit)
-        return _page([show_account(one) for one in found], query.limit)
+        return page_answer([show_account(one) for one in found], query.limit)
 
     async def show_account(self, account_id: str) -> Response:
         """One account."""
@@ -73,7 +67,7 @@ class AdminEndpoints:
 
     async def change_account(self, request: Request, account_id: str) -> Response:
         """Another name, address, status or limit."""
-        body = await _parse(request, ChangeAccount)
+        body = await parsed(request, ChangeAccount)
         changed = await self._write(
             store.change_account,
             actor=_actor(request),
@@ -85,7 +79,7 @@ class AdminEndpoints:
 
     async def credit_account(self, request: Request, account_id: str) -> Response:
         """More credit, or less."""
-        body = await _parse(request, CreditAccount)
+        body = await parsed(request, CreditAccount)
         credit = partial(store.credit_account, amount=body.amount_microcredits, note=body.note)
         changed = await self._write(credit, actor=_actor(request), account_id=account_id, at=self.book.now)
         return JSONResponse(show_account(changed))
@@ -97,24 +91,17 @@ class AdminEndpoints:
         found = await self._read(
             ledger.entries, account_id=account_id, before=query.number("before"), limit=query.limit
         )
-        return _page([show_entry(one) for one in found], query.limit)
+        return page_answer([show_entry(one) for one in found], query.limit)
 
     async def create_key(self, request: Request) -> Response:
         """A new key, with its text."""
-        body = await _parse(request, CreateKey)
+        body = await parsed(request, CreateKey)
         if body.account_id is None and (body.scopes or body.models or body.limits.model_fields_set):
             message = "A management key has no scopes, models or limits; an inference key needs 'account_id'."
             raise ApiError(message, param="account_id", code="invalid_value")
-        wanted = KeyRequest(
-            name=body.name,
-            account_id=body.account_id,
-            scopes=tuple(body.scopes or SCOPES),
-            models=None if body.models is None else tuple(body.models),
-            limits=body.limits.limits(),
-            expires_at=body.expires_at,
-        )
+        wanted = body.wanted(body.account_id)
         made = await self._write(key_store.create_key, actor=_actor(request), wanted=wanted, at=self.book.now)
-        return self._new_key(*made)
+        return new_key_answer(made, self.book.now)
 
     async def list_keys(self, request: Request) -> Response:
         """A page of keys."""
@@ -125,7 +112,7 @@ class AdminEndpoints:
             after=query.text("after") or "",
             limit=query.limit,
         )
-        return _page([show_key(one, self.book.now) for one in found], query.limit)
+        return page_answer([show_key(one, self.book.now) for one in found], query.limit)
 
     async def show_key(self, key_id: str) -> Response:
         """Everything about a key but the key."""
@@ -134,7 +121,7 @@ class AdminEndpoints:
 
     async def change_key(self, request: Request, key_id: str) -> Response:
         """Another name, end, scope, model or limit."""
-        body = await _parse(request, ChangeKey)
+        body = await parsed(request, ChangeKey)
         changed = await self._write(
             key_store.change_key,
             actor=_actor(request),
@@ -153,7 +140,7 @@ class AdminEndpoints:
 
     async def rotate_key(self, request: Request, key_id: str) -> Response:
         """A key like another, which ends after a while."""
-        body = await _parse(request, RotateKey)
+        body = await parsed(request, RotateKey)
         made = await self._write(
             key_store.rotate_key,
             actor=_actor(request),
@@ -161,7 +148,7 @@ class AdminEndpoints:
             overlap=body.overlap_seconds,
             at=self.book.now,
         )
-        return self._new_key(*made)
+        return new_key_answer(made, self.book.now)
 
     async def show_usage(self, request: Request) -> Response:
         """Sums by account, key, model or day, as JSON or CSV."""
@@ -171,11 +158,11 @@ class AdminEndpoints:
     async def list_prices(self) -> Response:
         """What models cost."""
         found = await self._read(store.list_prices)
-        return _page([show_price(model, price) for model, price in found.items()])
+        return page_answer([show_price(model, price) for model, price in found.items()])
 
     async def set_price(self, request: Request) -> Response:
         """What a model costs from now on."""
-        body = await _parse(request, SetPrice)
+        body = await parsed(request, SetPrice)
         cached = body.cached_prompt_microcredits
         price = Price(
             prompt=body.prompt_microcredits,
@@ -192,11 +179,7 @@ class AdminEndpoints:
         query = Query(request, "before", "limit")
         found = await self._read(audit.entries, before=query.number("before"), limit=query.limit)
         broken = await self._read(audit.first_broken)
-        return _page([show_audit(one) for one in found], query.limit, first_broken=broken)
-
-    def _new_key(self, info: KeyInfo, new: NewKey) -> Response:
-        shown = show_key(info, self.book.now) | {"key": new.text}
-        return JSONResponse(shown, status_code=201, headers={"cache-control": "no-store"})
+        return page_answer([show_audit(one) for one in found], query.limit, first_broken=broken)
 
     async def _read(self, work: Callable[..., Result], **values: Any) -> Result:
         return await answered(self.book.read(partial(work, **values)))
@@ -231,35 +214,6 @@ def admin_router(endpoints: AdminEndpoints, authenticate: ManagerAuthenticator) 
     ):
         router.add_api_route(path, handle, methods=[method], include_in_schema=False)
     return router
-
-
-async def answered(work: Awaitable[Result]) -> Result:
-    """The result of work on the accounts. Raises ApiError (404, 409, 503) for what goes wrong there."""
-    try:
-        return await work
-    except NotFoundError as error:
-        raise ApiError(str(error), status=404, code="not_found") from None
-    except InsufficientQuotaError as error:
-        raise ApiError(str(error), status=409, code="insufficient_credit") from None
-    except DatabaseUnavailableError:
-        raise accounts_unavailable() from None
-
-
-def usage_answer(rows: list[UsageRow], form: str) -> Response:
-    """Sums of usage, as JSON or CSV."""
-    if form == "csv":
-        return Response(as_csv(rows), media_type="text/csv; charset=utf-8")
-    return _page([asdict(row) for row in rows])
-
-
-def _page(data: list[dict[str, Any]], limit: int | None = None, **more: object) -> Response:
-    has_more = limit is not None and len(data) == limit
-    return JSONResponse({"object": "list", "data": data, "has_more": has_more, **more})
-
-
-async def _parse(request: Request, schema: type[Schema]) -> Schema:
-    """The body; a route that needs none takes an empty one."""
-    return parse_body(await read_body(request) or b"{}", schema).request
 
 
 def _actor(request: Request) -> Actor:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints, field_validator
 
-from toptwo.accounts.caller import Limits, Scope
+from toptwo.accounts.caller import SCOPES, Limits, Scope
+from toptwo.accounts.key_store import KeyRequest
 from toptwo.accounts.money import MICRO, MOST_CREDITS
 from toptwo.accounts.views import BUDGETS
 from toptwo.api.strict import StrictModel
@@ -76,15 +77,31 @@ class CreditAccount(StrictModel):
     note: Note = ""
 
 
-class CreateKey(StrictModel):
-    """account_id: whose it is; without one, it is a management key. expires_at: seconds since 1970."""
+class CreateOwnKey(StrictModel):
+    """A key of the account that asks. expires_at: seconds since 1970."""
 
     name: Name
-    account_id: str | None = None
     scopes: list[Scope] | None = Field(None, min_length=1)
     models: list[ModelName] | None = Field(None, min_length=1, max_length=100)
     limits: LimitsBody = LimitsBody()
     expires_at: Unix | None = None
+
+    def wanted(self, account_id: str | None) -> KeyRequest:
+        """As the accounts know it."""
+        return KeyRequest(
+            name=self.name,
+            account_id=account_id,
+            scopes=tuple(self.scopes or SCOPES),
+            models=None if self.models is None else tuple(self.models),
+            limits=self.limits.limits(),
+            expires_at=self.expires_at,
+        )
+
+
+class CreateKey(CreateOwnKey):
+    """account_id: whose it is; without one, it is a management key."""
+
+    account_id: str | None = None
 
 
 class ChangeKey(StrictModel):

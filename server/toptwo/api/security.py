@@ -62,9 +62,10 @@ NOBODY = KeyRing(())
 
 
 class Guesses:
-    """Wrong keys of each address, of those that had to be looked up: only so many a minute are."""
+    """What came from each address and was wrong: only so much a minute is looked at. what: what it is."""
 
-    def __init__(self, clock: Clock = time.monotonic) -> None:
+    def __init__(self, what: str = "wrong API keys", clock: Clock = time.monotonic) -> None:
+        self._what = what
         self._clock = clock
         self._of_address: OrderedDict[str, Bucket] = OrderedDict()
 
@@ -74,7 +75,7 @@ class Guesses:
         if bucket is not None and bucket.wait_for(1):
             seconds = math.ceil(bucket.wait_for(1))
             raise ApiError(
-                f"Too many wrong API keys came from your address. Try again in {seconds} s.",
+                f"Too many {self._what} came from your address. Try again in {seconds} s.",
                 status=429,
                 kind="rate_limit_error",
                 code="rate_limit_exceeded",

@@ -17,7 +17,7 @@ from toptwo.accounts.book import AccountBook
 from toptwo.accounts.caller import Caller
 from toptwo.accounts.usage import summarise
 from toptwo.accounts.views import Json, show_key, show_limits
-from toptwo.api.admin import answered, usage_answer
+from toptwo.api.account_answers import answered, usage_answer
 from toptwo.api.admin_query import Query
 from toptwo.api.security import Authenticator, Credentials
 from toptwo.errors import ApiError
