@@ -17,6 +17,7 @@
 #   make bench-ops                   every kernel, beside the machine's limits
 #   make bench-start                 seconds from a clone to the first token
 #   make bench-streams               chunks per second, and how late they are on 256 streams
+#   make bench-auth                  what keys, limits and charges of accounts add to a request
 #   make bench-peers LLAMA_SERVER=path    beside llama.cpp's server, turn by turn
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
@@ -45,7 +46,7 @@ ARGS =
 
 .DELETE_ON_ERROR:
 .PHONY: serve test test-native test-cuda-interpreted test-clients test-reliability soak parity lint format bench \
-	bench-step bench-ops bench-start bench-streams bench-peers lock sbom clean help
+	bench-step bench-ops bench-start bench-streams bench-auth bench-peers lock sbom clean help
 
 serve: $(VENV)/installed
 	@$(BIN)/toptwo serve $(if $(MODEL),"$(MODEL)") $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -110,6 +111,9 @@ bench-start:
 
 bench-streams: $(VENV)/installed-dev
 	$(BIN)/python tests/bench/streams.py $(ARGS)
+
+bench-auth: $(VENV)/installed-dev
+	$(BIN)/python tests/bench/auth_overhead.py $(ARGS)
 
 bench-peers: $(VENV)/installed-dev
 	@test -n "$(LLAMA_SERVER)" || { echo "bench-peers needs llama.cpp's server: make bench-peers LLAMA_SERVER=path/to/llama-server" >&2; exit 1; }

@@ -17,12 +17,12 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from toptwo.accounts import key_store, ledger, store
+from toptwo.accounts import charging, key_store, store
 from toptwo.accounts.audit import Actor
 from toptwo.accounts.caller import NO_LIMITS
-from toptwo.accounts.database import Database, open_engine
+from toptwo.accounts.charging import Charge, Settlement
+from toptwo.accounts.database import Database, ForMany, open_engine
 from toptwo.accounts.key_store import KeyRequest
-from toptwo.accounts.ledger import Charge
 from toptwo.accounts.money import Tokens
 from toptwo.accounts.store import NewAccount
 
@@ -44,9 +44,13 @@ def work(database: Database, child: int) -> Iterator[str]:
         yield f"key {key.id}"
         request_id = f"{child}-{number}"
         charge = Charge(request_id, account.id, key.id, "m", 400, NOW, "lease", NO_LIMITS, NO_LIMITS)
-        write(lambda c, charge=charge: ledger.reserve(c, charge))
+        write(ForMany(charging.reserve, charge))
         yield f"reserved {request_id} {account.id}"
-        write(lambda c, r=request_id: ledger.settle(c, r, 150, Tokens(1, 0, 1), "completed", NOW))
+        write(
+            lambda c, r=request_id: charging.settle(
+                c, [Settlement(r, 150, Tokens(1, 0, 1), "completed", NOW)]
+            )
+        )
         yield f"settled {request_id} {account.id}"
         new, _ = write(lambda c, k=key.id: key_store.rotate_key(c, ME, k, 60, NOW))
         yield f"rotated {key.id} {new.id}"

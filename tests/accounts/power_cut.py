@@ -1,7 +1,8 @@
 """A disk whose power can be cut: what has not been synced is lost, in part, in any order, and torn.
 
-SQLite runs on it through a VFS of apsw. All goes to real files as well, so that it works as ever; beside them
-is kept what the disk would hold if the power went now. `Connection` is as much of a DBAPI as SQLAlchemy needs.
+SQLite runs on it through a VFS of apsw. All goes to real files as well, so that it works as ever; beside
+them is kept what the disk would hold if the power went now. `Connection` is as much of a DBAPI as SQLAlchemy
+needs.
 """
 
 from __future__ import annotations

@@ -18,11 +18,13 @@ from toptwo.accounts.book import CACHE_SECONDS, AccountBook
 from toptwo.accounts.caller import Caller, Manager
 from toptwo.accounts.database import Database, DatabaseUnavailableError
 from toptwo.accounts.key_store import KeyRequest
-from toptwo.accounts.keys import make_key
+from toptwo.accounts.keys import make_key, parse_key
 from toptwo.accounts.ledger import InsufficientQuotaError
 from toptwo.accounts.money import Price, Tokens
 from toptwo.accounts.store import Account, NewAccount
 from toptwo.accounts.usage import UsageQuery, summarise
+from toptwo.api.security import NOBODY, Credentials
+from toptwo.errors import ApiError
 
 
 class CountingDatabase(Database):
@@ -67,6 +69,11 @@ class Desk:
         _, new = await self.book.write(lambda c: key_store.create_key(c, ME, wanted, NOW))
         return new.text
 
+    async def verify(self, text: str) -> Caller | Manager | None:
+        key = parse_key(text)
+        assert key is not None
+        return await self.book.verify(key)
+
     async def balance(self, account: Account) -> int:
         return (await self.book.read(lambda c: store.get_account(c, account.id))).balance
 
@@ -80,7 +87,7 @@ async def desk(engine: Engine) -> AsyncIterator[Desk]:
 
 
 async def caller_of(desk: Desk, text: str) -> Caller:
-    caller = await desk.book.verify(text)
+    caller = await desk.verify(text)
     assert isinstance(caller, Caller)
     return caller
 
@@ -89,12 +96,12 @@ async def test_a_key_is_looked_up_once_in_a_while(desk: Desk) -> None:
     account = await desk.account()
     text = await desk.key(account.id, models=("m",))
     desk.database.num_reads = 0
-    found = await asyncio.gather(*(desk.book.verify(text) for _ in range(50)))
+    found = await asyncio.gather(*(desk.verify(text) for _ in range(50)))
     assert desk.database.num_reads == 1
     assert {one.account_id for one in found if isinstance(one, Caller)} == {account.id}
     assert found[0] == found[-1]
     desk.clock += CACHE_SECONDS
-    await desk.book.verify(text)
+    await desk.verify(text)
     assert desk.database.num_reads == 2
 
 
@@ -102,23 +109,26 @@ async def test_malformed_keys_never_reach_the_database(desk: Desk) -> None:
     text = await desk.key((await desk.account()).id)
     desk.database.num_reads = 0
     for wrong in ("", "x", text[:-1], text + "x", text[:-1] + "!", "' OR 1=1 --", "sk-" + "a" * 40, "é" * 67):
-        assert await desk.book.verify(wrong) is None
+        with pytest.raises(ApiError) as caught:
+            await Credentials(NOBODY, book=desk.book).identify(wrong, "1.2.3.4")
+        assert caught.value.status == 401
     assert desk.database.num_reads == 0
 
 
 async def test_unknown_keys_are_remembered_and_forgotten(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.database.num_reads = 0
-    unknown = make_key("inference").text
+    made = make_key("inference")
+    unknown = made.text
     for _ in range(10):
-        assert await desk.book.verify(unknown) is None
+        assert await desk.verify(unknown) is None
     assert desk.database.num_reads == 1
-    assert not desk.book.is_known(unknown)
+    assert not desk.book.is_known(made.key)
     monkeypatch.setattr(book_module, "MOST_CACHED", 4)
     keys = [unknown, *(make_key("inference").text for _ in range(4))]
     for text in [*keys, *keys[1:]]:
-        await desk.book.verify(text)
+        await desk.verify(text)
     assert desk.database.num_reads == 5
-    await desk.book.verify(unknown)
+    await desk.verify(unknown)
     assert desk.database.num_reads == 6
 
 
@@ -126,7 +136,7 @@ async def test_what_this_process_changes_holds_at_once(desk: Desk) -> None:
     text = await desk.key((await desk.account()).id)
     caller = await caller_of(desk, text)
     await desk.book.write(lambda c: key_store.revoke_key(c, ME, caller.key_id, NOW))
-    assert await desk.book.verify(text) is None
+    assert await desk.verify(text) is None
 
 
 async def test_what_another_process_changes_holds_soon(desk: Desk, engine: Engine) -> None:
@@ -135,18 +145,18 @@ async def test_what_another_process_changes_holds_soon(desk: Desk, engine: Engin
     with engine.begin() as connection:
         key_store.revoke_key(connection, ME, caller.key_id, NOW)
     desk.clock += CACHE_SECONDS
-    assert await desk.book.verify(text) is None
+    assert await desk.verify(text) is None
 
 
 async def test_a_key_expires_while_it_is_remembered(desk: Desk) -> None:
     text = await desk.key((await desk.account()).id, expires_at=NOW + 2)
-    assert await desk.book.verify(text)
+    assert await desk.verify(text)
     desk.clock += 2
-    assert await desk.book.verify(text) is None
+    assert await desk.verify(text) is None
 
 
 async def test_management_keys_are_told_apart(desk: Desk) -> None:
-    assert isinstance(await desk.book.verify(await desk.key(None)), Manager)
+    assert isinstance(await desk.verify(await desk.key(None)), Manager)
 
 
 async def test_a_request_is_charged_what_it_used(desk: Desk) -> None:
@@ -197,7 +207,7 @@ async def test_without_the_database_nothing_runs(desk: Desk) -> None:
         await desk.book.reserve(caller, "r1", "m", Tokens(1))
     desk.clock += CACHE_SECONDS
     with pytest.raises(DatabaseUnavailableError):
-        await desk.book.verify(text)
+        await desk.verify(text)
 
 
 async def test_without_the_database_known_keys_run_uncharged_if_so_wanted(engine: Engine) -> None:
@@ -207,10 +217,10 @@ async def test_without_the_database_known_keys_run_uncharged_if_so_wanted(engine
     caller = await caller_of(desk, text)
     desk.database.is_away = True
     desk.clock += CACHE_SECONDS
-    assert await desk.book.verify(text) == caller
+    assert await desk.verify(text) == caller
     assert await desk.book.reserve(caller, "r1", "m", Tokens(1)) is None
     with pytest.raises(DatabaseUnavailableError):
-        await desk.book.verify(stranger)
+        await desk.verify(stranger)
     desk.database.is_away = False
     desk.book.close()
 

@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, func, insert, select
+from sqlalchemy import Connection, Engine, func, insert, select, update
 
 from accounts.conftest import ME, NOW
 from accounts.databases import PostgreSQL
+from toptwo.accounts import charging, store
 from toptwo.accounts import database as database_module
-from toptwo.accounts import ledger, store
-from toptwo.accounts.database import Database, DatabaseUnavailableError, create_directory, open_engine
+from toptwo.accounts.charging import Settlement
+from toptwo.accounts.database import (
+    Database,
+    DatabaseUnavailableError,
+    ForMany,
+    create_directory,
+    open_engine,
+)
 from toptwo.accounts.migrations import migrate
 from toptwo.accounts.money import Tokens
 from toptwo.accounts.store import NewAccount
@@ -163,12 +170,44 @@ def test_what_cannot_be_written_at_the_end_is_given_up(
     monkeypatch.setattr(database_module, "CLOSE_SECONDS", 0.3)
     sqlite.path.rename(sqlite.path.with_suffix(".old"))
     kept = sqlite.database.write(
-        lambda c: ledger.settle(c, "r", 0, Tokens(), "completed", NOW), persistent=True
+        ForMany(charging.settle, Settlement("r", 0, Tokens(), "completed", NOW)), persistent=True
     )
     began = time.monotonic()
     sqlite.database.close()
     assert time.monotonic() - began < 3
     assert not kept.done()
+
+
+def test_of_two_servers_that_wait_for_each_other_both_get_done(postgresql: PostgreSQL | None) -> None:
+    if postgresql is None:
+        pytest.skip("PostgreSQL is not installed")
+    engine = open_engine(postgresql.create_database())
+    migrate(engine)
+    database = Database(engine)
+    for name in ("a", "b"):
+        database.write(add(name)).result(10)
+    has_a, waits = threading.Event(), threading.Event()
+    tries = 0
+
+    def first_a_then_b(connection: Connection) -> None:
+        nonlocal tries
+        tries += 1
+        connection.execute(update(leases).where(leases.c.id == "a").values(seen_at=1))
+        has_a.set()
+        waits.wait(10)
+        connection.execute(update(leases).where(leases.c.id == "b").values(seen_at=1))
+
+    with engine.begin() as other:
+        other.exec_driver_sql("SET LOCAL deadlock_timeout = '60s'")  # it is not the one to give up
+        other.execute(update(leases).where(leases.c.id == "b").values(seen_at=2))
+        done = database.write(first_a_then_b)
+        assert has_a.wait(10)
+        waits.set()
+        other.execute(update(leases).where(leases.c.id == "a").values(seen_at=2))
+    done.result(20)
+    assert tries == 2
+    assert database.read(lambda c: c.execute(select(leases.c.seen_at)).scalars().all()).result(10) == [1, 1]
+    database.close()
 
 
 def test_postgresql_that_comes_back(postgresql: PostgreSQL | None) -> None:

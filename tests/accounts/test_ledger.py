@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +23,11 @@ from sqlalchemy import Connection, delete, func, select, update
 from sqlalchemy.exc import DBAPIError
 
 from accounts.conftest import ME, NOW
-from toptwo.accounts import ledger, store
+from toptwo.accounts import charging, leases, ledger, store
 from toptwo.accounts.caller import NO_LIMITS, Limits
-from toptwo.accounts.database import Database
-from toptwo.accounts.ledger import Charge, InsufficientQuotaError
+from toptwo.accounts.charging import Charge, Settlement
+from toptwo.accounts.database import Database, ForMany
+from toptwo.accounts.ledger import InsufficientQuotaError
 from toptwo.accounts.money import Tokens
 from toptwo.accounts.store import Account, NewAccount
 from toptwo.accounts.tables import ledger as ledger_table
@@ -32,6 +35,23 @@ from toptwo.accounts.tables import spending, usage
 from toptwo.accounts.usage import UsageQuery, summarise
 
 DAY = 86400
+USED = Tokens(1, 0, 1)
+
+
+def settle(
+    connection: Connection, request_id: str, cost: int, tokens: Tokens = USED, at: int = NOW
+) -> int | None:
+    return charging.settle(connection, [Settlement(request_id, cost, tokens, "completed", at)])[0]
+
+
+def together(database: Database, do: Any, items: Sequence[Any]) -> list[Future[Any]]:
+    """Write all of it in one go: the writer is kept until everything waits."""
+    all_wait = threading.Event()
+    database.write(lambda _: all_wait.wait(10))
+    writing = [database.write(ForMany(do, item)) for item in items]
+    all_wait.set()
+    wait(writing, 20)
+    return writing
 
 
 def charge_of(account: Account, number: int, amount: int, **fields: Any) -> Charge:
@@ -82,9 +102,9 @@ def machine(database: Database) -> type[RuleBasedStateMachine]:
             affordable = amount <= self.model.balance and spent + amount <= self.model.budget
             if amount and not affordable:
                 with pytest.raises(InsufficientQuotaError):
-                    run(lambda connection: ledger.reserve(connection, charge))
+                    run(lambda connection: charging.reserve(connection, [charge]))
                 return
-            run(lambda connection: ledger.reserve(connection, charge))
+            run(lambda connection: charging.reserve(connection, [charge]))
             self.model.balance -= amount
             self.model.open[self.number] = amount
 
@@ -109,7 +129,7 @@ def machine(database: Database) -> type[RuleBasedStateMachine]:
             number = data.draw(st.sampled_from(sorted([*self.model.open, *self.model.closed])))
             charge = charge_of(self.account, number, 0)
             with pytest.raises(DBAPIError):
-                run(lambda connection: ledger.reserve(connection, charge))
+                run(lambda connection: charging.reserve(connection, [charge]))
 
         @rule(amount=st.integers(-500, 500))
         def credit(self, amount: int) -> None:
@@ -143,11 +163,7 @@ def machine(database: Database) -> type[RuleBasedStateMachine]:
 
         def close(self, number: int, cost: int) -> int | None:
             request_id = f"{self.account.id}-{number}"
-            done: int | None = run(
-                lambda connection: ledger.settle(
-                    connection, request_id, cost, Tokens(1, 0, 1), "completed", NOW
-                )
-            )
+            done: int | None = run(lambda connection: settle(connection, request_id, cost))
             return done
 
     return Ledger
@@ -163,6 +179,40 @@ def test_the_ledger_is_what_it_should_be(database: Database) -> None:
     run_state_machine_as_test(machine(database), settings=checks)
 
 
+def test_many_at_once_are_as_many_one_by_one(database: Database, account: Account) -> None:
+    """They are written together; what there is not enough for is refused, and nothing is closed twice."""
+    poor = database.write(lambda c: store.create_account(c, ME, NewAccount("poor", grant=2500), NOW)).result()
+    limits = Limits(daily_budget=4000)
+    charges = [
+        charge_of(owner, number, 1000, account_limits=NO_LIMITS if owner is poor else limits)
+        for number in range(20)
+        for owner in (account, poor)
+    ]
+    free = [charge_of(account, 100 + number, 0) for number in range(20)]
+    done = together(database, charging.reserve, [*charges, *free])
+    assert {type(one.exception()) for one in done} == {type(None), InsufficientQuotaError}
+    reserved = {
+        charge.request_id
+        for charge, one in zip([*charges, *free], done, strict=True)
+        if one.exception() is None and charge.amount
+    }
+    assert reserved == {f"{account.id}-{n}" for n in range(4)} | {f"{poor.id}-{n}" for n in range(2)}
+    assert all(one.exception() is None for one in done[-20:])
+    ends = [
+        Settlement(charge.request_id, cost, Tokens(1, 0, 1), "completed", NOW)
+        for cost in (300, 700)
+        for charge in charges
+    ]
+    costs = [one.result() for one in together(database, charging.settle, ends)]
+    assert costs.count(300) == 6  # the first word holds
+    assert set(costs) == {300, None}
+    for owner, count, grant in ((account, 4, 500_000), (poor, 2, 2500)):
+        found = database.read(lambda c, owner=owner: store.get_account(c, owner.id)).result()
+        assert found.balance == grant - 300 * count
+        spent = database.read(lambda c, owner=owner: ledger.spent(c, owner.id, ledger.day_of(NOW))).result()
+        assert spent == (300 * count, 300 * count)
+
+
 @pytest.mark.parametrize("whose", ["key", "account"])
 @pytest.mark.parametrize("period", ["daily", "monthly"])
 def test_a_budget_holds_and_comes_back(database: Database, account: Account, whose: str, period: str) -> None:
@@ -170,7 +220,7 @@ def test_a_budget_holds_and_comes_back(database: Database, account: Account, who
 
     def reserve(number: int, at: int) -> None:
         charge = charge_of(account, number, 600, at=at, **limits)
-        database.write(lambda connection: ledger.reserve(connection, charge)).result()
+        database.write(lambda connection: charging.reserve(connection, [charge])).result()
 
     reserve(1, NOW)
     with pytest.raises(InsufficientQuotaError, match=rf"{whose}'s {period} budget of 0.001 0.0004"):
@@ -186,18 +236,18 @@ def test_a_suspended_account_reserves_nothing(database: Database, account: Accou
         lambda connection: store.change_account(connection, ME, account.id, {"status": "suspended"}, NOW)
     ).result()
     with pytest.raises(InsufficientQuotaError):
-        database.write(lambda connection: ledger.reserve(connection, charge_of(account, 1, 10))).result()
+        database.write(lambda connection: charging.reserve(connection, [charge_of(account, 1, 10)])).result()
 
 
 def test_what_a_dead_server_left_open_is_given_back(database: Database, account: Account) -> None:
     def prepare(connection: Connection) -> None:
         for number, lease in enumerate(("dead", "alive", "dead")):
-            ledger.reserve(connection, charge_of(account, number, 1000, lease=lease))
-        ledger.renew_lease(connection, "dead", NOW - 100)
-        ledger.renew_lease(connection, "alive", NOW - 5)
+            charging.reserve(connection, [charge_of(account, number, 1000, lease=lease)])
+        leases.renew(connection, "dead", NOW - 100)
+        leases.renew(connection, "alive", NOW - 5)
 
     database.write(prepare).result()
-    close = lambda connection: ledger.close_abandoned(connection, NOW - 60, NOW)  # noqa: E731
+    close = lambda connection: leases.close_abandoned(connection, NOW - 60, NOW)  # noqa: E731
     assert database.write(close).result() == 2
     assert database.write(close).result() == 0
     found = database.read(lambda connection: store.get_account(connection, account.id)).result()
@@ -216,9 +266,9 @@ def test_usage_is_summed_by_what_is_asked_for(database: Database, account: Accou
     def use(connection: Connection) -> None:
         for number, (model, at) in enumerate([("a", NOW), ("b", NOW), ("a", NOW + DAY)]):
             charge = charge_of(account, number, 100, model=model, at=at)
-            ledger.reserve(connection, charge)
-            ledger.settle(connection, charge.request_id, 10 * number, Tokens(7, 2, 3), "completed", at)
-        ledger.reserve(connection, charge_of(account, 99, 100))  # still open: not counted
+            charging.reserve(connection, [charge])
+            settle(connection, charge.request_id, 10 * number, Tokens(7, 2, 3), at)
+        charging.reserve(connection, [charge_of(account, 99, 100)])  # still open: not counted
 
     database.write(use).result()
 

@@ -19,12 +19,12 @@ from typing import TypeVar
 import structlog
 from sqlalchemy import Connection
 
-from toptwo.accounts import key_store, ledger, store
+from toptwo.accounts import charging, key_store, leases, store
 from toptwo.accounts.caller import Caller, Manager
-from toptwo.accounts.database import Database, DatabaseUnavailableError
+from toptwo.accounts.charging import Charge, Outcome, Settlement
+from toptwo.accounts.database import Database, DatabaseUnavailableError, ForMany
 from toptwo.accounts.key_store import Holder
-from toptwo.accounts.keys import Key, KeyKind, new_id, parse_key
-from toptwo.accounts.ledger import Charge, Outcome
+from toptwo.accounts.keys import Key, new_id
 from toptwo.accounts.limits import RateLimits
 from toptwo.accounts.money import FREE, Price, Tokens, cost_of, most_cost_of
 
@@ -86,19 +86,17 @@ class AccountBook:
         """Seconds since 1970."""
         return int(self._now())
 
-    def is_known(self, presented: str) -> bool:
+    def is_known(self, key: Key) -> bool:
         """Whether it is a key that was accepted lately, so that nothing needs to be looked up."""
-        key = parse_key(presented)
-        known = self._known.get(key.digest) if key else None
+        known = self._known.get(key.digest)
         return known is not None and known.holder is not None
 
-    async def verify(self, presented: str) -> Caller | Manager | None:
+    async def verify(self, key: Key) -> Caller | Manager | None:
         """Who holds a key; None for unknown, revoked and expired ones, and those of suspended accounts.
 
         Raises DatabaseUnavailableError.
         """
-        key = parse_key(presented)
-        holder = None if key is None else await self._holder(key)
+        holder = await self._holder(key)
         if holder is None or not holder.may_act(self.now):
             return None
         info = holder.key
@@ -145,15 +143,8 @@ class AccountBook:
     def settle(self, reservation: Reservation, delivered: Tokens, outcome: Outcome) -> Future[int | None]:
         """Charge what was delivered, and give the rest back. It is tried until the database takes it."""
         cost = cost_of(delivered, reservation.price)
-        work = partial(
-            ledger.settle,
-            request_id=reservation.request_id,
-            cost=cost,
-            tokens=delivered,
-            outcome=outcome,
-            at=self.now,
-        )
-        return self._database.write(work, persistent=True)
+        settlement = Settlement(reservation.request_id, cost, delivered, outcome, self.now)
+        return self._database.write(ForMany(charging.settle, settlement), persistent=True)
 
     async def read(self, work: Callable[[Connection], Result]) -> Result:
         """Raises DatabaseUnavailableError, or what `work` raises."""
@@ -186,7 +177,7 @@ class AccountBook:
     def close(self) -> None:
         """Write what waits. No request runs any more."""
         self._database.write(partial(key_store.note_use, times=self._take_used()))
-        self._database.write(partial(ledger.end_lease, lease=self._lease))
+        self._database.write(partial(leases.end, lease=self._lease))
         self._database.close()
 
     async def _holder(self, key: Key) -> Holder | None:
@@ -225,7 +216,7 @@ class AccountBook:
         return price
 
     async def _reserve(self, charge: Charge) -> None:
-        writing = asyncio.wrap_future(self._database.write(partial(ledger.reserve, charge=charge)))
+        writing = asyncio.wrap_future(self._database.write(ForMany(charging.reserve, charge)))
         try:
             async with asyncio.timeout(WAIT_SECONDS):
                 await writing
@@ -242,14 +233,8 @@ class AccountBook:
         return used
 
     def _beat(self, connection: Connection, used: dict[str, int]) -> None:
-        ledger.renew_lease(connection, self._lease, self.now)
-        num_closed = ledger.close_abandoned(connection, self.now - DEAD_SECONDS, self.now)
+        leases.renew(connection, self._lease, self.now)
+        num_closed = leases.close_abandoned(connection, self.now - DEAD_SECONDS, self.now)
         if num_closed:
             log.warning("reservations of a server that died were given back", requests=num_closed)
         key_store.note_use(connection, used)
-
-
-def kind_of(presented: str) -> KeyKind | None:
-    """What a well-formed key is for, whether anybody holds it or not."""
-    key = parse_key(presented)
-    return None if key is None else key.kind

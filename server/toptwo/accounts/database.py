@@ -12,11 +12,11 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import sqlalchemy
 import structlog
@@ -29,11 +29,16 @@ from toptwo.errors import StartupError
 log = structlog.get_logger()
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 BUSY_SECONDS = 2.0  # how long a write waits for somebody else's
 RETRY_SECONDS = 1.0  # between attempts at what has to be written in the end
 CLOSE_SECONDS = 5.0
+PATIENCE_SECONDS = 0.02  # for what nobody waits for: it is committed with the next that somebody does
+MOST_DEADLOCKS = 5  # in a row: servers that write to the same accounts may meet, and one has to begin anew
+_DEADLOCK = "40P01"  # PostgreSQL's word for it
 _MOST_AT_ONCE = 256
+_Outcome = tuple[Any, Exception | None]  # the result of a write, or why there is none
 _READING = "reading"
 
 
@@ -107,6 +112,21 @@ def create_directory(url: str) -> None:
         raise StartupError(f"{path}: accounts cannot be kept there: {error.strerror}") from None
 
 
+@dataclass(frozen=True)
+class ForMany(Generic[Item, Result]):
+    """Work that can be done for many at once, and is, for all of a kind that wait.
+
+    do: given items, it returns their results in their order, or raises where not all of them can be done.
+    """
+
+    do: Callable[[Connection, Sequence[Item]], Sequence[Result]]
+    item: Item
+
+    def __call__(self, connection: Connection) -> Result:
+        """The work for this one alone."""
+        return self.do(connection, [self.item])[0]
+
+
 @dataclass
 class _Write:
     """One piece of work. persistent: it is tried again until it has been written."""
@@ -125,7 +145,8 @@ class _Write:
 class Database:
     """Reads and writes of one process. Every callable gets a connection inside a transaction.
 
-    A write that raises leaves nothing behind, and does not harm those that it is committed with.
+    A write that raises leaves nothing behind, and does not harm those that it is committed with. It may be
+    called several times, the last of which counts.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -178,11 +199,13 @@ class Database:
             if kept:
                 time.sleep(RETRY_SECONDS / 4 if closing else 0)
             first = self._queue.get(timeout=RETRY_SECONDS) if kept else self._queue.get()
+            until = time.monotonic() + PATIENCE_SECONDS
             while first is not None:
                 batch.append(first)
                 if len(batch) >= _MOST_AT_ONCE + len(kept):
                     return batch, False
-                first = self._queue.get_nowait()
+                can_wait = until - time.monotonic() if first.persistent else 0
+                first = self._queue.get(timeout=can_wait) if can_wait > 0 else self._queue.get_nowait()
             return batch, True
         return batch, False
 
@@ -191,38 +214,81 @@ class Database:
         batch = [write for write in batch if write.begin()]
         if not batch:
             return []
-        done: list[tuple[_Write, Any, Exception | None]] = []
         try:
-            with _unavailable_when_broken(), self._engine.begin() as connection:
+            with _unavailable_when_broken():
                 self._file.check()
-                for write in batch:
-                    done.append((write, *_attempt(connection, write.work)))
+                outcomes = self._write_batch(batch)
         except DatabaseUnavailableError as error:
             for write in batch:
                 if not write.persistent:
                     write.future.set_exception(error)
             return [write for write in batch if write.persistent]
-        for write, result, failure in done:
+        for write, (result, failure) in zip(batch, outcomes, strict=True):
             if failure is not None:
                 write.future.set_exception(failure)
             else:
                 write.future.set_result(result)
         return []
 
+    def _write_batch(self, batch: list[_Write]) -> list[_Outcome]:
+        for _ in range(MOST_DEADLOCKS):
+            try:
+                return self._together(batch) or self._apart(batch)
+            except DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) != _DEADLOCK:
+                    raise
+        raise DatabaseUnavailableError("deadlocks")
 
-def _attempt(connection: Connection, work: Callable[[Connection], Any]) -> tuple[Any, Exception | None]:
+    def _together(self, batch: list[_Write]) -> list[_Outcome] | None:
+        """All of it in one go, which is the fastest; None, and nothing done, where one of them fails."""
+        try:
+            with self._engine.begin() as connection:
+                results = _do_all(connection, [write.work for write in batch])
+            return [(result, None) for result in results]
+        except Exception as error:
+            if _is_the_databases(error):
+                raise
+            return None
+
+    def _apart(self, batch: list[_Write]) -> list[_Outcome]:
+        """Each by itself, so that one that fails takes nobody along, and then one commit."""
+        with self._engine.begin() as connection:
+            return [_attempt(connection, write.work) for write in batch]
+
+
+def _do_all(connection: Connection, works: Sequence[Callable[[Connection], Any]]) -> list[Any]:
+    """The results of all, in their order; those of a kind are done together, and first."""
+    results: list[Any] = [None] * len(works)
+    kinds: dict[Callable[..., Sequence[Any]], list[tuple[int, Any]]] = {}
+    for index, work in enumerate(works):
+        if isinstance(work, ForMany):
+            kinds.setdefault(work.do, []).append((index, work.item))
+    for do, of_kind in kinds.items():
+        done = do(connection, [item for _, item in of_kind])
+        for (index, _), result in zip(of_kind, done, strict=True):
+            results[index] = result
+    for index, work in enumerate(works):
+        if not isinstance(work, ForMany):
+            results[index] = work(connection)
+    return results
+
+
+def _attempt(connection: Connection, work: Callable[[Connection], Any]) -> _Outcome:
     """The result of one write of many, or why it did not come about. Raises what is the database's fault."""
     try:
         with connection.begin_nested():
             return work(connection), None
-    except DBAPIError as error:
-        if not isinstance(error, IntegrityError):
+    except Exception as error:
+        if _is_the_databases(error):
             raise
         return None, error
-    except DatabaseUnavailableError:
-        raise
-    except Exception as error:
-        return None, error
+
+
+def _is_the_databases(error: Exception) -> bool:
+    """Whether it says that the database cannot be used, and not that this cannot be done with it."""
+    if isinstance(error, DBAPIError):
+        return not isinstance(error, IntegrityError)
+    return isinstance(error, DatabaseUnavailableError)
 
 
 @contextlib.contextmanager

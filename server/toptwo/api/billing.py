@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from toptwo.accounts.book import AccountBook, Reservation
 from toptwo.accounts.caller import Caller
+from toptwo.accounts.charging import Outcome
 from toptwo.accounts.database import DatabaseUnavailableError
-from toptwo.accounts.ledger import InsufficientQuotaError, Outcome
+from toptwo.accounts.ledger import InsufficientQuotaError
 from toptwo.accounts.limits import Bucket, OwnerBuckets
 from toptwo.accounts.money import Tokens
 from toptwo.api.job import GenerationJob
@@ -37,11 +38,6 @@ class Tab:
         self._reserved_tokens = 0
         self._reservation: Reservation | None = None
         self.is_stream = False
-
-    @property
-    def is_charged(self) -> bool:
-        """Whether there is anything to reserve."""
-        return self._book is not None
 
     def take_request(self) -> None:
         """Count a request. Raises ApiError (429)."""

@@ -15,9 +15,10 @@ from collections.abc import Iterable
 
 from starlette.requests import Request
 
-from toptwo.accounts.book import AccountBook, kind_of
+from toptwo.accounts.book import AccountBook
 from toptwo.accounts.caller import Caller, Manager, Scope
 from toptwo.accounts.database import DatabaseUnavailableError
+from toptwo.accounts.keys import parse_key
 from toptwo.accounts.limits import Bucket, Clock
 from toptwo.errors import ApiError
 
@@ -112,12 +113,13 @@ class Credentials:
         return holder
 
     async def _look_up(self, book: AccountBook, presented: str, address: str) -> Caller | Manager | None:
-        if kind_of(presented) is None:
+        key = parse_key(presented)
+        if key is None:
             return None  # it is none of ours, which the database need not be asked
-        if not book.is_known(presented):
+        if not book.is_known(key):
             self._guesses.require_few(address)
         try:
-            holder = await book.verify(presented)
+            holder = await book.verify(key)
         except DatabaseUnavailableError:
             raise accounts_unavailable() from None
         if holder is None:

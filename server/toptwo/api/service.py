@@ -107,11 +107,10 @@ class Service:
     async def reserve(self, request: Request, request_id: str, *jobs: GenerationJob) -> None:
         """Keep what the jobs may take of the caller's limits and credit, before any of them runs.
 
-        Raises ApiError (429, 503) and ClientDisconnect.
+        Raises ApiError (429, 503).
         """
         tab: Tab = request.state.tab
-        if tab.is_charged:
-            await run_while_connected(request, tab.reserve(request_id, self.model.name, jobs))
+        await tab.reserve(request_id, self.model.name, jobs)
 
     def deltas(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
         """The answer in pieces."""
