@@ -10,7 +10,11 @@ import httpx2
 import pytest
 
 from api.test_accounts import ADMIN_KEY, MODEL, Shop, error_of
+from fakes import KEY
+from toptwo.accounts.caller import Limits
+from toptwo.api.account_shapes import KeyDescription, UsageList
 from toptwo.api.admin import PREFIX
+from toptwo.api.api_operations import OPERATIONS
 
 
 @pytest.fixture
@@ -215,3 +219,20 @@ async def test_pages(admin: httpx2.AsyncClient) -> None:
     rest = (await admin.get("/accounts", params={"limit": 3, "after": page["data"][-1]["id"]})).json()
     assert not rest["has_more"]
     assert len({one["id"] for one in page["data"] + rest["data"]}) == 5
+
+
+async def test_what_bearers_are_told_is_as_described(shop: Shop) -> None:
+    account = await shop.account()
+    key = await shop.key(account, limits=Limits(requests_per_minute=5, daily_budget=10), models=(MODEL,))
+    await shop.ask(key)
+    await shop.balance(account)
+    async with shop.client(key) as client:
+        KeyDescription.model_validate_json((await client.get("/v1/key")).text)
+        usage = UsageList.model_validate_json((await client.get("/v1/usage", params={"by": "day,key"})).text)
+        assert [row.requests for row in usage.data] == [1]
+    operation = next(each for each in OPERATIONS if each.name == "usage")
+    async with shop.client(KEY) as client:
+        for path in ("/v1/key", "/v1/usage"):
+            answer = await client.get(path)
+            assert error_of(answer) == (404, "no_account")
+            assert answer.status_code in operation.errors

@@ -30,6 +30,8 @@ from toptwo.settings import load_settings
 _PERIOD = re.compile(r"(\d{1,9})([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
+_AMOUNT = "_microcredits"  # how the names of amounts end
+
 
 @dataclass(frozen=True)
 class Office:
@@ -134,7 +136,7 @@ def show_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str], *, as_json
         return
     table = Table()
     for column in columns:
-        shown = column.removesuffix("_microcredits").replace("_", " ")
+        shown = column.removesuffix(_AMOUNT).replace("_", " ")
         table.add_column(shown, no_wrap=column in ("id", "account_id"), overflow="fold")
     for row in rows:
         table.add_row(*(_cell(column, row[column]) for column in columns))
@@ -148,7 +150,7 @@ def show_one(row: dict[str, Any], *, as_json: bool) -> None:
         return
     console = Console()
     for name, value in _flat(row).items():
-        shown = name.removesuffix("_microcredits").replace("_", " ")
+        shown = name.removesuffix(_AMOUNT).replace("_", " ")
         console.print(f"{shown:<22}{_cell(name, value)}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -167,8 +169,14 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 def _cell(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    if name.endswith("_microcredits"):
+    if name.endswith(_AMOUNT):
         return format_credits(value)
     if name == "at" or name.endswith("_at"):
         return str(value).replace("T", " ").removesuffix("Z")[:16]
+    if isinstance(value, dict):
+        value = [
+            f"{name.removesuffix(_AMOUNT)} {_cell(name, inner)}"
+            for name, inner in value.items()
+            if inner is not None
+        ]
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

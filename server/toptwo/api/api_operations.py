@@ -6,12 +6,14 @@ Knows schemas and status codes; must not know how the table is written down or h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
 
+from toptwo.accounts.usage import GROUPINGS
 from toptwo.api import response_schemas as shapes
+from toptwo.api.account_shapes import KeyDescription, UsageList
 from toptwo.api.anthropic_schema import CountTokensRequest, MessagesRequest
 from toptwo.api.responses_schema import ResponsesRequest
 from toptwo.api.schemas import ChatCompletionRequest
@@ -21,15 +23,17 @@ from toptwo.api.tokens import DetokenizeRequest, TokenizeRequest
 ERRORS = {
     400: "The request is wrong; param names the field.",
     401: "There is no key, or it is not valid.",
-    404: "There is no such model.",
+    403: "The key is not allowed to do this.",
+    404: "There is no such model, or no account behind the key.",
     408: "The body took too long to arrive.",
     413: "The body is too large.",
-    429: "The key's own limit of requests at once is reached.",
+    429: "A limit of the key or of its account is reached, or its credit.",
     500: "The server failed.",
     501: "This server cannot do that.",
     503: "The server is full or shutting down, or the model is not ready.",
 }
-_OF_BODIES = (400, 401, 404, 408, 413, 429, 500, 503)
+_OF_KEYS = (401, 403, 429, 500, 503)
+_OF_BODIES = (400, 401, 403, 404, 408, 413, 429, 500, 503)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Operation:
     event: the data of a stream's events, where the answer can be streamed.
     has_named_events: whether their names are their data's type; if not, the stream ends with [DONE].
     security: names of the schemes of which one is needed; None stands for the document's.
-    error: the form of errors.
+    error: the form of errors. query: the schemas of the query's parameters, by their names.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Operation:
     has_named_events: bool = False
     security: tuple[str, ...] | None = None
     error: type[BaseModel] = shapes.ErrorEnvelope
+    query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def schemas(self) -> set[type[BaseModel]]:
@@ -62,6 +67,7 @@ class Operation:
         return {kind for kind in (*self.answers.values(), self.body, self.event, self.error) if kind}
 
 
+_BY = "|".join(GROUPINGS)
 _ANTHROPIC: dict[str, Any] = {
     "tag": "anthropic",
     "security": ("bearer", "anthropic"),
@@ -117,7 +123,7 @@ OPERATIONS = (
         "/models",
         "List the models.",
         {200: shapes.ModelList},
-        (401, 500),
+        _OF_KEYS,
         ("GET",),
     ),
     Operation(
@@ -125,7 +131,7 @@ OPERATIONS = (
         "/models/{model_id}",
         "Describe a model.",
         {200: shapes.Model},
-        (401, 404, 500),
+        (*_OF_KEYS, 404),
         ("GET",),
     ),
     Operation(
@@ -133,7 +139,7 @@ OPERATIONS = (
         "/embeddings",
         "Not implemented: this server generates text.",
         {},
-        (401, 500, 501),
+        (*_OF_KEYS, 501),
     ),
     Operation(
         "tokenize",
@@ -150,6 +156,31 @@ OPERATIONS = (
         {200: shapes.Text},
         tag="tokens",
         body=DetokenizeRequest,
+    ),
+    Operation(
+        "key",
+        "/key",
+        "The key that asks, its limits, and what is left of its account's credit.",
+        {200: KeyDescription},
+        (*_OF_KEYS, 404),
+        ("GET",),
+        "account",
+    ),
+    Operation(
+        "usage",
+        "/usage",
+        "What the key that asks has used.",
+        {200: UsageList},
+        (*_OF_KEYS, 400, 404),
+        ("GET",),
+        "account",
+        query={
+            "by": {"type": "string", "pattern": f"^({_BY})(,({_BY}))*$", "default": "day"},
+            "model": {"type": "string", "maxLength": 256},
+            "from": {"type": "string", "format": "date"},
+            "to": {"type": "string", "format": "date"},
+            "format": {"enum": ["json", "csv"], "default": "json"},
+        },
     ),
 )
 
@@ -180,7 +211,7 @@ WITHOUT_PREFIX = (
         "/openapi.json",
         "This document.",
         {200: shapes.ApiDescription},
-        (401, 500),
+        _OF_KEYS,
         ("GET",),
         "openapi",
     ),

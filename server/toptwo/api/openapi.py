@@ -159,6 +159,10 @@ def _path_item(operation: Operation) -> Json:
 def _operation(operation: Operation, method: str) -> Json:
     has_content = method != "HEAD"
     described: Json = {"summary": operation.summary, "tags": [operation.tag]}
+    if operation.query:
+        described["parameters"] = [
+            {"name": name, "in": "query", "schema": dict(schema)} for name, schema in operation.query.items()
+        ]
     if operation.security is not None:
         described["security"] = [{name: []} for name in operation.security]
     if operation.body is not None:

@@ -74,5 +74,5 @@ def self_service_router(endpoints: SelfServiceEndpoints, credentials: Credential
     """The routes, without a prefix. They need a key."""
     router = APIRouter(dependencies=[Depends(Authenticator(credentials, "usage:read"))], tags=["account"])
     for path, handle in (("/key", endpoints.show_key), ("/usage", endpoints.show_usage)):
-        router.add_api_route(path, handle, methods=["GET"], include_in_schema=False)
+        router.add_api_route(path, handle, methods=["GET"])
     return router
