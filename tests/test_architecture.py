@@ -19,10 +19,11 @@ LEAVES = {"settings", "errors", "messages", "heap"}
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"launch", "bench", "account_commands", "model_commands", "__init__"},
+    "cli": {"launch", "bench", "account_commands", "model_commands", "option_groups", "__init__"},
+    "option_groups": set(),
     "accounts": set(),
     "identity": set(),
-    "account_commands": {"accounts"},
+    "account_commands": {"accounts", "option_groups"},
     "launch": {
         *("app", "api", "accounts", "identity", "text", "telemetry", "engine"),
         *("source", "banner", "local_key"),

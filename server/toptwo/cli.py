@@ -19,6 +19,8 @@ from toptwo.account_commands.accounts_cli import accounts_cli, prices_cli
 from toptwo.account_commands.keys_cli import keys_cli, usage
 from toptwo.bench.options import BenchOptions, load_options
 from toptwo.errors import StartupError
+from toptwo.model_commands.upcycle_options import UpcycleOptions
+from toptwo.option_groups import grouped
 from toptwo.settings import Settings, load_settings
 
 cli = typer.Typer(
@@ -171,6 +173,27 @@ def convert_model(
     from toptwo.model_commands.convert import convert  # it brings torch, like the other commands
 
     convert(release, out, Console())
+
+
+@model_cli.command("upcycle")
+@grouped
+def upcycle_model(
+    *,
+    dense: Annotated[
+        str, typer.Argument(metavar="DENSE", help="Checkpoint, GGUF file or hub id.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Directory to make.", show_default=False)],
+    options: UpcycleOptions,
+) -> None:
+    """Turn a dense Llama or Qwen3 into a Mixture of Experts that computes the same.
+
+    Every expert is a copy of the dense MLP, so nothing is lost, and nothing gained before training. OUT_DIR
+    is a Mixtral checkpoint (of a Qwen3 a Qwen3-MoE) in the dense model's number format. An interrupted run
+    goes on where it was.
+    """
+    from toptwo.model_commands.upcycle import upcycle
+
+    upcycle(dense, out, options, Console())
 
 
 @model_cli.command("inspect")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from toptwo.default_model.checkpoint import ROUTER_NAME
+from toptwo.default_model.ridge import FIRST_EXPERT_WEIGHT, Ridge, measure, scale_for
 from toptwo.default_model.router_corpus import DOMAINS, Document, paragraphs
 from toptwo.default_model.router_maths import HELD_OUT, TRAINING, worksheet
-from toptwo.default_model.train_router import FIRST_EXPERT_WEIGHT, measure, scale_for
 
 
 def test_a_page_is_held_out_in_all_languages_or_in_none() -> None:
@@ -43,7 +43,7 @@ def test_measures_of_a_perfect_router() -> None:
     labels_T = torch.arange(8).repeat(10)
     # Second choice: the next expert, so that the load is even.
     logits_TE = 2.0 * torch.eye(8)[labels_T] + torch.eye(8)[(labels_T + 1) % 8]
-    values = measure(logits_TE[None], labels_T)
+    values = measure(logits_TE[None], labels_T, DOMAINS, 2)
     assert values["top-1 = own expert"] == 1
     assert values["own expert in the top 2"] == 1
     assert abs(values["load entropy (1 = even), mean of layers"] - 1) < 1e-6
@@ -52,3 +52,25 @@ def test_measures_of_a_perfect_router() -> None:
 
 def test_trainer_and_writer_agree_on_names() -> None:
     assert ROUTER_NAME.format(3) == "model.layers.3.mlp.gate.weight"
+
+
+def test_ridge_tells_apart_what_can_be() -> None:
+    """Tokens of three domains around points of their own; in the second layer there is nothing to tell."""
+    generator = torch.Generator().manual_seed(0)
+    centres_EH = torch.randn(3, 16, generator=generator)
+    ridge = Ridge(num_layers=2, num_experts=3, hidden_size=16)
+    for expert in (0, 1, 2) * 20:
+        noise_TH = 0.3 * torch.randn(10, 16, generator=generator)
+        ridge.add(0, centres_EH[expert] + noise_TH, expert)
+        ridge.add(1, noise_TH, expert)
+    routers_LEH = ridge.solve()
+    assert routers_LEH.shape == (2, 3, 16)
+    labels_T = torch.arange(3).repeat(200)
+    noise_TH = 0.3 * torch.randn(600, 16, generator=generator)
+    inputs = centres_EH[labels_T] + noise_TH, noise_TH
+    own = [
+        ((x_TH @ router_EH.T).argmax(-1) == labels_T).float().mean()
+        for x_TH, router_EH in zip(inputs, routers_LEH, strict=True)
+    ]
+    assert own[0] > 0.95
+    assert abs(own[1] - 1 / 3) < 0.1

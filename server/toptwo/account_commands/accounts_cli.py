@@ -9,13 +9,14 @@ import typer
 
 from toptwo.account_commands import office
 from toptwo.account_commands.office import open_office
-from toptwo.account_commands.options import AccountId, LimitOptions, Place, grouped
+from toptwo.account_commands.options import AccountId, LimitOptions, Place
 from toptwo.accounts import audit, ledger, store
 from toptwo.accounts.caller import Limits
 from toptwo.accounts.money import Price
 from toptwo.accounts.store import NewAccount
 from toptwo.accounts.views import show_account, show_audit, show_entry, show_price
 from toptwo.errors import StartupError
+from toptwo.option_groups import grouped
 
 accounts_cli = typer.Typer(no_args_is_help=True, help="Accounts: who uses the server, and their credit.")
 prices_cli = typer.Typer(no_args_is_help=True, help="What tokens cost; nothing, unless a price is set.")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from toptwo.account_commands import office
 from toptwo.account_commands.office import Office, open_office
-from toptwo.account_commands.options import KeyId, LimitOptions, Permissions, Place, UsageFilter, grouped
+from toptwo.account_commands.options import KeyId, LimitOptions, Permissions, Place, UsageFilter
 from toptwo.accounts import key_store, store
 from toptwo.accounts.caller import SCOPES, Limits
 from toptwo.accounts.key_store import KeyInfo, KeyRequest
@@ -20,6 +20,7 @@ from toptwo.accounts.store import NewAccount
 from toptwo.accounts.usage import GROUPINGS, Grouping, UsageQuery, as_csv, summarise
 from toptwo.accounts.views import show_key
 from toptwo.errors import StartupError
+from toptwo.option_groups import grouped
 
 keys_cli = typer.Typer(no_args_is_help=True, help="API keys of accounts, and keys to manage them with.")
 

