@@ -156,7 +156,7 @@ def test_what_is_left_of_another_plan_is_not_used(
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(upcycle_module, "mixture_config", fail)
+        patch.setattr(upcycle_module.shutil, "copyfile", fail)
         with pytest.raises(StartupError, match="Input/output error"):
             run(dense("llama"), tmp_path / "moe")
     assert "4 experts" in run(dense("llama"), tmp_path / "moe", "--experts", 4)
@@ -194,6 +194,15 @@ def test_what_cannot_be_done_is_said(
     with pytest.raises(StartupError, match=words):
         run(dense("llama"), tmp_path / "moe", *given)
     assert not (tmp_path / "moe").exists()
+
+
+def test_a_disk_that_is_too_small_is_said_before(
+    dense: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(upcycle_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(StartupError, match="of free disk"):
+        run(dense("llama"), tmp_path / "moe")
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:

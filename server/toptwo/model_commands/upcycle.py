@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from toptwo.default_model.cache import flush, termination_as_error
+from toptwo.default_model.cache import flush
 from toptwo.errors import CheckpointError, StartupError
 from toptwo.model_commands.forward import TEXT, load, logits, read_windows
 from toptwo.model_commands.staging import progress
-from toptwo.model_commands.upcycle_layout import LAYOUTS, Experts, Layout, layer_of, mixture_config
+from toptwo.model_commands.upcycle_layout import LAYOUTS, Experts, Json, Layout, layer_of, mixture_config
 from toptwo.model_commands.upcycle_options import UpcycleOptions
 from toptwo.model_commands.upcycle_router import Domains, random_routers, ridge_routers
 from toptwo.models.decoder import DecoderConfig
@@ -55,6 +56,7 @@ class _Plan:
     source: Path
     layout: Layout
     config: DecoderConfig
+    mixture: Json
     experts: Experts
     domains: Domains | None
     tokens_per_domain: int
@@ -83,9 +85,11 @@ def upcycle(dense: str, out: Path, options: UpcycleOptions, console: Console) ->
         ignored = set(architecture.ignored_tensors(config))
         names = sorted(name for name in checkpoint.names - ignored if not name.endswith(DERIVED_SUFFIXES))
         with _staged(out, plan.fingerprint(checkpoint)) as staged, progress(console) as bar:
+            _require_room(out, staged, _size(plan, checkpoint, names))
             routers = _routers(plan, staged, bar, console)
             _write(_Job(plan, checkpoint, names, routers), staged, bar)
-    console.print(f"{out}: {plan.experts.count} experts, of which a token visits {plan.experts.top_k}")
+    words = f"{out}: {plan.experts.count} experts, of which a token visits {plan.experts.top_k}"
+    console.print(words, markup=False, highlight=False, soft_wrap=True)
     if options.check:
         _check(source, out, console)
 
@@ -110,7 +114,28 @@ def _plan(options: UpcycleOptions, source: Path) -> _Plan:
             f"{source}: {config.architecture} cannot be upcycled; there is {', '.join(LAYOUTS)}"
         )
     experts = Experts(count, options.top_k)
-    return _Plan(source, layout, config, experts, domains, options.tokens)
+    try:
+        mixture = mixture_config(read_json(source), layout, experts)
+    except StartupError as error:
+        raise StartupError(f"{source}: {error}") from None
+    return _Plan(source, layout, config, mixture, experts, domains, options.tokens)
+
+
+def _size(plan: _Plan, checkpoint: Checkpoint, names: Sequence[str]) -> int:
+    """Bytes of the mixture's tensors."""
+    item = checkpoint.tensor(names[0]).dtype.itemsize
+    copies = {name: len([*plan.layout.names(name, plan.experts)]) for name in names}
+    return sum(item * count * math.prod(checkpoint.shape(name)) for name, count in copies.items())
+
+
+def _require_room(out: Path, staged: Path, size: int) -> None:
+    """Raises StartupError where the disk has too little for what is not written yet."""
+    needed = size - sum(path.stat().st_size for path in staged.iterdir())
+    free = shutil.disk_usage(staged).free
+    if free < needed:
+        raise StartupError(
+            f"{out}: needs {needed / 1e9:.1f} GB of free disk, and there are {free / 1e9:.1f} GB"
+        )
 
 
 @contextmanager
@@ -119,7 +144,7 @@ def _staged(out: Path, fingerprint: str) -> Iterator[Path]:
     staged = out.with_name(f".{out.name}.partial")
     try:
         staged.mkdir(exist_ok=True)
-        with (staged / LOCK).open("wb") as lock, termination_as_error(str(out)):
+        with (staged / LOCK).open("wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -200,8 +225,7 @@ def _write(job: _Job, staged: Path, bar: Progress) -> None:
         dtype = DTYPES[next(iter(stored.values())).dtype]
         bar.update(task, completed=total, total=total * len(layers) // number)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    config = mixture_config(read_json(plan.source), plan.layout, plan.experts, dtype)
-    for name, content in (("model.safetensors.index.json", index), (CONFIG, config)):
+    for name, content in (("model.safetensors.index.json", index), (CONFIG, plan.mixture | {"dtype": dtype})):
         (staged / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     for name in WORDS:
         if (plan.source / name).exists():

@@ -77,10 +77,10 @@ def layer_of(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def mixture_config(dense: Mapping[str, Any], layout: Layout, experts: Experts, dtype: str) -> Json:
-    """The mixture's config.json. Raises StartupError for a dense model that has no such mixture."""
+def mixture_config(dense: Mapping[str, Any], layout: Layout, experts: Experts) -> Json:
+    """The mixture's config.json, but for its dtype. Raises StartupError where there is no such mixture."""
     config = {name: value for name, value in dense.items() if name not in _DROPPED}
-    config |= {"architectures": [layout.architecture], "model_type": layout.model_type, "dtype": dtype}
+    config |= {"architectures": [layout.architecture], "model_type": layout.model_type}
     config |= {"num_experts_per_tok": experts.top_k, "output_router_logits": False}
     if layout is MIXTRAL:
         if config.pop("attention_bias", False):
