@@ -74,3 +74,17 @@ def test_ridge_tells_apart_what_can_be() -> None:
     ]
     assert own[0] > 0.95
     assert abs(own[1] - 1 / 3) < 0.1
+
+
+def test_ridge_is_solved_on_several_threads() -> None:
+    """torch's general solver, given as many layers as this, fails on more than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ridge = Ridge(num_layers=30, num_experts=8, hidden_size=576)
+        x_TH = torch.randn(700, 576, generator=torch.Generator().manual_seed(0))
+        for layer in range(30):
+            ridge.add(layer, x_TH, layer % 8)
+        assert ridge.solve().isfinite().all()
+    finally:
+        torch.set_num_threads(threads)

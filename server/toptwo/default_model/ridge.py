@@ -39,7 +39,8 @@ class Ridge:
         penalty_L = RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1)
         identity = torch.eye(covariance.shape[1], dtype=torch.float64)
         regularised = covariance + penalty_L[:, None, None] * identity
-        rows: Tensor = torch.linalg.solve(regularised, self._correlation_LEH.mT).mT
+        # Symmetric and positive. (The general solver fails in torch 2.13 with MKL: batches, several threads.)
+        rows = torch.cholesky_solve(self._correlation_LEH.mT, torch.linalg.cholesky(regularised)).mT
         return rows.float().contiguous()
 
 

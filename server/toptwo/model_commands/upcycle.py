@@ -252,10 +252,11 @@ def _check(dense: Path, mixture: Path, console: Console) -> None:
     found = [_logits(directory, window) for directory in (dense, mixture)]
     difference = float((found[0] - found[1]).abs().max())
     agreement = float((found[0].argmax(-1) == found[1].argmax(-1)).float().mean())
-    console.print(
+    words = (
         f"checked on {len(window)} tokens in float32: logits differ by {difference:.1e} at most, and the "
         f"likeliest token is the same for {agreement:.1%}"
     )
+    console.print(words, highlight=False, soft_wrap=True)
     if not difference < TOLERANCE:
         raise CheckpointError(f"{mixture}: it does not compute what {dense} does")
 
