@@ -35,7 +35,7 @@ SANITIZED := $(foreach part,products attention route sampling team,tests/kernels
 	tests/kernels/test_native_invariance.py::test_a_recorded_step_is_the_eager_one -k "not 49152"
 
 # Tests that a busy machine would fail.
-ALONE := $(addprefix tests/,api bench_command e2e engine identity security telemetry text test_faultproxy.py \
+ALONE := $(addprefix tests/,api bench_command e2e engine security telemetry text test_faultproxy.py \
 	runtime/test_constraints.py default_model/test_preparation.py)
 
 # Not ?=, which would take them from the environment, where HOST is often something else.

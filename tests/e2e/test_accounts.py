@@ -47,13 +47,11 @@ def ask(server: ServerProcess, key: str, **fields: object) -> httpx2.Response:
 
 def test_the_life_of_a_key(start: Start, tmp_path: Path, toptwo: Callable[..., Any]) -> None:
     made = toptwo("keys", "create")
+    toptwo("prices", "set", "tiny-moe", "--completion", "1000")
     data = {"TOPTWO_DATA_DIR": str(tmp_path / "data")}
     server = start(**data).wait_until_ready()
     assert "toptwo keys create" in server.out  # where a key is to be had; none is made by the server
     assert "sk-toptwo-" not in server.out
-    toptwo("prices", "set", "tiny-moe", "--completion", "1000")
-
-    time.sleep(5)  # for what the server was told of prices to be forgotten
     first = ask(server, made["key"])
     assert first.status_code == 200, first.text
     used = first.json()["usage"]

@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from api.test_accounts import ADMIN_KEY, MODEL, Shop, error_of
+from account_api.test_accounts import ADMIN_KEY, MODEL, Shop, error_of
 from fakes import KEY
 from toptwo.accounts.caller import Limits
 from toptwo.api.account_shapes import KeyDescription, UsageList

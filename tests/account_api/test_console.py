@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from api.test_accounts import ADMIN_KEY, ME, Shop, error_of
+from account_api.test_accounts import ADMIN_KEY, ME, Shop, error_of
 from toptwo.accounts import audit, store
 from toptwo.accounts.ownership import MOST_KEYS
 from toptwo.api.owner import SESSION_COOKIE

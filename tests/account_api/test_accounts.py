@@ -15,6 +15,7 @@ import pytest
 from fastapi import FastAPI
 
 from fakes import KEY, AsgiCall, FakeEngine, FakeGrammars, Script, chat, served_model
+from toptwo.accounts import database as database_module
 from toptwo.accounts import key_store, store
 from toptwo.accounts.audit import Actor
 from toptwo.accounts.book import AccountBook
@@ -372,8 +373,9 @@ async def test_200_injections_get_401_and_change_nothing(shop: Shop) -> None:
     ids=["gone", "a directory"],
 )
 async def test_without_the_database_inference_answers_503(
-    shop: Shop, break_it: Callable[[Path], object]
+    shop: Shop, break_it: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(database_module, "CLOSE_SECONDS", 0.2)  # for what can never be written here
     key = await shop.key()
     assert (await shop.ask(key)).status_code == 200
     requests = len(shop.engine.requests)
