@@ -81,7 +81,10 @@ async def test_who_leaves_gives_up_the_queue_but_not_a_running_thread() -> None:
     works.let_go(3)
     assert await asyncio.wait_for(stays, 5) == "stays"
     assert works.begun == ["0", "1", "stays"]
-    assert (works.most_at_once, threads._num_free) == (2, 2)
+    assert works.most_at_once == 2
+    async with asyncio.timeout(5):  # the other thread may end last
+        while threads._num_free < 2:
+            await asyncio.sleep(0.001)
 
 
 async def test_a_turn_that_comes_to_one_who_leaves_is_passed_on() -> None:
