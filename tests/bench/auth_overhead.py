@@ -32,6 +32,8 @@ import uvloop
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
+from streams import config_of  # noqa: E402
+
 from fakes import KEY, FakeEngine, FakeGrammars, Script, chat, served_model  # noqa: E402
 from toptwo.accounts import key_store, store  # noqa: E402
 from toptwo.accounts.audit import Actor  # noqa: E402
@@ -44,7 +46,6 @@ from toptwo.accounts.money import Price  # noqa: E402
 from toptwo.accounts.store import NewAccount  # noqa: E402
 from toptwo.api.admission import AdmissionLimits  # noqa: E402
 from toptwo.api.billing import Tab  # noqa: E402
-from toptwo.api.connection import BoundedHttp  # noqa: E402
 from toptwo.api.health import Lifecycle  # noqa: E402
 from toptwo.api.security import Credentials, KeyRing  # noqa: E402
 from toptwo.app import AppOptions, create_app  # noqa: E402
@@ -128,17 +129,7 @@ def serve(directory: str) -> None:
     )
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     print(json.dumps({"port": listener.getsockname()[1], "key": key.text}), flush=True)
-    config = uvicorn.Config(
-        app,
-        loop="uvloop",
-        http=BoundedHttp,
-        ws="none",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(config_of(app))
     server.capture_signals = lambda: _ending(server)  # type: ignore[method-assign,assignment]
     uvloop.run(server.serve(sockets=[listener]))
     book.close()

@@ -31,6 +31,7 @@ from typing import cast
 import psutil
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
@@ -89,13 +90,9 @@ class SteppingEngine:
         self._queues.clear()
 
 
-def serve(num_streams: int, rate: float) -> None:
-    """Serve until killed; prints the port."""
-    engine = SteppingEngine(num_streams, rate)
-    app = create_app(engine, served_model(), FakeGrammars(), KeyRing.from_keys([KEY]), Lifecycle())
-    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    print(listener.getsockname()[1], flush=True)
-    config = uvicorn.Config(
+def config_of(app: FastAPI) -> uvicorn.Config:
+    """As `toptwo serve` has it."""
+    return uvicorn.Config(
         app,
         loop="uvloop",
         http=BoundedHttp,
@@ -105,7 +102,15 @@ def serve(num_streams: int, rate: float) -> None:
         access_log=False,
         server_header=False,
     )
-    uvloop.run(uvicorn.Server(config).serve(sockets=[listener]))
+
+
+def serve(num_streams: int, rate: float) -> None:
+    """Serve until killed; prints the port."""
+    engine = SteppingEngine(num_streams, rate)
+    app = create_app(engine, served_model(), FakeGrammars(), KeyRing.from_keys([KEY]), Lifecycle())
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    print(listener.getsockname()[1], flush=True)
+    uvloop.run(uvicorn.Server(config_of(app)).serve(sockets=[listener]))
 
 
 class Reader(asyncio.Protocol):

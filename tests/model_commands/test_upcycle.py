@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import fakes
@@ -100,8 +100,6 @@ def test_transformers_reads_it_alike(dense: Callable[[str], Path], tmp_path: Pat
 def test_the_number_format_is_kept(tmp_path: Path) -> None:
     dense = write_dense(tmp_path / "dense", "llama", dtype="bfloat16")
     weights = {name: value.bfloat16() for name, value in load_file(dense / "model.safetensors").items()}
-    from safetensors.torch import save_file
-
     save_file(weights, dense / "model.safetensors", {"format": "pt"})
     said = run(dense, tmp_path / "moe")
     assert "100.0%" in said
