@@ -13,7 +13,10 @@ copy.addEventListener("click", async () => {
   }
   copy.textContent = "Copied";
 });
-document.querySelector("#secret-close").addEventListener("click", () => dialog.close());
+document.querySelector("#secret-close").addEventListener("click", () => {
+  text.value = ""; // at once: the event "close" comes when the browser finds time
+  dialog.close();
+});
 
 export function showSecret(key) {
   text.value = key;
