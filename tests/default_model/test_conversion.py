@@ -65,7 +65,7 @@ def test_shards_and_index_agree(kitchen: Kitchen) -> None:
 
 def test_router_is_the_committed_one_in_fp32(kitchen: Kitchen) -> None:
     directory = kitchen.prepare(kitchen.wheel)
-    expected = load_file(kitchen.recipe.upcycling.router)
+    expected = load_file(kitchen.recipe.upcycling.experts)
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     for name, rows in expected.items():
         with safe_open(directory / index["weight_map"][name], "np") as file:

@@ -21,7 +21,7 @@ def tokenizer(real_model: Path) -> Tokenizer:
 
 
 def test_the_router_file_covers_every_layer() -> None:
-    router = load_file(SMOL_MOE.upcycling.router)
+    router = load_file(SMOL_MOE.upcycling.experts)
     assert set(router) == {ROUTER_NAME.format(i) for i in range(30)}
     for rows in router.values():
         assert rows.shape == (8, 576)

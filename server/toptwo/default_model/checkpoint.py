@@ -1,4 +1,4 @@
-"""Writes a dense Llama as a Mixtral checkpoint in which every expert is a copy of its MLP.
+"""Writes a dense Llama as a Mixtral checkpoint in which every expert is its MLP plus a difference of its own.
 
 Knows the names and shapes that transformers 5 gives a Mixtral, and safetensors. Must not know where
 the dense model came from or where the directory will live.
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from toptwo.default_model.cache import flush
+from toptwo.default_model.factors import Factors
 from toptwo.default_model.gguf_weights import DenseGguf, FloatArray
 from toptwo.gguf.tokenizer import build_tokenizer
 from toptwo.gguf.vocabulary import generation_config, tokenizer_config
@@ -30,14 +31,14 @@ Tensors = dict[str, FloatArray]
 
 @dataclass(frozen=True)
 class Upcycling:
-    """What the dense model does not say: how many experts, how many a token visits, and the router.
+    """What the dense model does not say: how many experts, how many a token visits, and how they differ.
 
-    router: safetensors file with ROUTER_NAME [E, H] for every layer.
+    experts: safetensors file with ROUTER_NAME [E, H] of every layer; `Factors`, or all experts are copies.
     """
 
     num_experts: int
     experts_per_token: int
-    router: Path
+    experts: Path
     model_card: Path
 
 
@@ -95,7 +96,7 @@ def mixtral_config(dense: DenseGguf, plan: Upcycling) -> dict[str, object]:
 
 
 def _write_shards(dense: DenseGguf, plan: Upcycling, directory: Path, advance: Callable[[int], None]) -> None:
-    router = load_file(plan.router)
+    experts = load_file(plan.experts)
     num_layers = dense.geometry.num_layers
     starts = range(0, num_layers, LAYERS_PER_SHARD)
     weight_map: dict[str, str] = {}
@@ -110,7 +111,7 @@ def _write_shards(dense: DenseGguf, plan: Upcycling, directory: Path, advance: C
             }
         else:
             for layer in range(start, min(start + LAYERS_PER_SHARD, num_layers)):
-                tensors |= dict(moe_layer(dense, layer, router[ROUTER_NAME.format(layer)], plan.num_experts))
+                tensors |= dict(moe_layer(dense, layer, experts, plan.num_experts))
         _save(tensors, directory / name)
         size = sum(tensor.nbytes for tensor in tensors.values())
         weight_map |= dict.fromkeys(tensors, name)
@@ -121,7 +122,7 @@ def _write_shards(dense: DenseGguf, plan: Upcycling, directory: Path, advance: C
 
 
 def moe_layer(
-    dense: DenseGguf, layer: int, router_EH: np.ndarray, num_experts: int
+    dense: DenseGguf, layer: int, experts: dict[str, np.ndarray], num_experts: int
 ) -> Iterator[tuple[str, FloatArray]]:
     """Name and fp32 tensor of everything in one layer; experts are fused: [E, 2F, H] and [E, H, F]."""
     prefix = f"model.layers.{layer}."
@@ -129,9 +130,17 @@ def moe_layer(
         yield prefix + name, np.ascontiguousarray(weight)
     mlp = dense.mlp(layer)
     gate_up = np.concatenate([mlp["mlp.gate_proj.weight"], mlp["mlp.up_proj.weight"]])
-    yield prefix + "mlp.experts.gate_up_proj", np.repeat(gate_up[None], num_experts, axis=0)
-    yield prefix + "mlp.experts.down_proj", np.repeat(mlp["mlp.down_proj.weight"][None], num_experts, axis=0)
-    yield ROUTER_NAME.format(layer), router_EH.astype(np.float32)
+    gate_up_E2FH = np.repeat(gate_up[None], num_experts, axis=0)
+    down_EHF = np.repeat(mlp["mlp.down_proj.weight"][None], num_experts, axis=0)
+    factors = Factors.of_layer(experts, layer)
+    if factors:
+        gate_EFH, up_EFH = np.split(gate_up_E2FH, 2, axis=1)
+        for weight, matrix in ((gate_EFH, "gate"), (up_EFH, "up"), (down_EHF, "down")):
+            weight += factors[matrix].product()
+    yield prefix + "mlp.experts.gate_up_proj", gate_up_E2FH
+    yield prefix + "mlp.experts.down_proj", down_EHF
+    name = ROUTER_NAME.format(layer)
+    yield name, experts[name].astype(np.float32)
 
 
 def _save(tensors: Tensors, path: Path) -> None:

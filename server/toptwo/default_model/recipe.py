@@ -63,7 +63,7 @@ SMOL_MOE = Recipe(
     upcycling=Upcycling(
         num_experts=8,
         experts_per_token=2,
-        router=_HERE / "router.safetensors",
+        experts=_HERE / "router.safetensors",
         model_card=_HERE / "MODEL_CARD.md",
     ),
     checkpoint_bytes=2_768_147_712,
