@@ -6,6 +6,7 @@
 #   make test-native                 the native kernels under AddressSanitizer and UBSan
 #   make test-cuda-interpreted       the CUDA backend's kernels on the processor, in Triton's interpreter
 #   make test-clients                other people's clients, each in an environment of its own
+#   make test-model                  the trained experts against their bars, on a sixteenth of the held-out text
 #   make test-reliability            the promises that take minutes to test, and a table of what was measured
 #   make soak                        twenty minutes of random faults on two replicas behind HAProxy
 #   make parity                      every family beside an independent implementation, as a table
@@ -45,8 +46,8 @@ PORT =
 ARGS =
 
 .DELETE_ON_ERROR:
-.PHONY: serve test test-native test-cuda-interpreted test-clients test-reliability soak parity lint format bench \
-	bench-step bench-ops bench-start bench-streams bench-auth bench-peers lock sbom clean help
+.PHONY: serve test test-native test-cuda-interpreted test-clients test-model test-reliability soak parity lint \
+	format bench bench-step bench-ops bench-start bench-streams bench-auth bench-peers lock sbom clean help
 
 serve: $(VENV)/installed
 	@$(BIN)/toptwo serve $(if $(MODEL),"$(MODEL)") $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -75,6 +76,9 @@ test-cuda-interpreted: $(VENV)/installed-triton
 
 test-clients: $(VENV)/installed-dev
 	$(BIN)/python tests/clients/run.py $(ARGS)
+
+test-model: $(VENV)/installed-dev
+	$(BIN)/python -m toptwo.default_model.card $(or $(ARGS),build/experts --quick)
 
 # Needs haproxy, slowhttptest and wrk. Figures of a whole run replace all earlier ones.
 test-reliability: $(VENV)/installed-dev
